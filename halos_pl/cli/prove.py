@@ -75,6 +75,9 @@ def prove(target: str, *, init_args: str | None = None, certificate: Path | None
         except OSError as error:
             raise RunError(f"{certificate}: {error.strerror or error}") from error
         print(f"\ncertificate: {certificate}; check it with halos verify {certificate}")
+        for claim in data["claims"]:
+            if claim["status"] == "not certified":
+                print(f"not certified: {claim['claim']}: {claim['reason']}")
     statuses = [outcome.status for outcome in proof.outcomes.values() if outcome.claim.side >= 0]
     if "disproved" in statuses:
         raise SystemExit(1)

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import platform
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from importlib.metadata import version
 from typing import Any
@@ -17,8 +18,9 @@ from halos_pl.proof import verify
 from halos_pl.proof.claims import Claim, Decision, Prover
 from halos_pl.proof.element import Element
 from halos_pl.proof.interval import PRECISION, Interval
-from halos_pl.proof.pieces import Bound, Piece
+from halos_pl.proof.pieces import Piece
 from halos_pl.proof.prove import Outcome, Proof
+from halos_pl.proof.roots import Bound
 
 FORMAT = 1
 
@@ -59,7 +61,7 @@ def _merged(prover: Prover, decision: Decision) -> list[tuple[Piece, list[tuple[
     )
     return [
         (
-            prover.pieces[i],
+            replace(prover.pieces[i], value=decision.forms.get(i, prover.pieces[i].value)),
             sorted(((c.low, c.high) for c in decision.cells.get(i, [])), key=lambda c: (c[0] is not None, c[0] or 0)),
         )
         for i in numbers

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal
 
-from flint import arb, fmpq_mpoly
+from flint import arb
 
-from halos_pl.proof.element import TOLERANCE, Element, TooLargeError
+from halos_pl.proof.element import Element, TooLargeError
+from halos_pl.proof.evaluation import Evaluation, Undecided, UndecidedError
+from halos_pl.proof.exponentials import in_one_exponential
 from halos_pl.proof.field import Field
 from halos_pl.proof.interval import Interval, ball
-from halos_pl.proof.pieces import Bound, Piece, Seam, Splitter, Undecided, UndecidedError, between, evaluate, span
+from halos_pl.proof.jumps import difference
+from halos_pl.proof.pieces import Piece, Seam, Splitter
 from halos_pl.proof.point import ordered, value_at
 from halos_pl.proof.program import CHOICES, Node
+from halos_pl.proof.roots import Bound, between, span
 from halos_pl.proof.signs import Box, UndefinedError
 
 Status = Literal["proved", "disproved", "undecided"]
-MOST_CELLS = 400
-SECONDS = 2.0
+MOST_CELLS, FEW_CELLS = 400, 50
 _SHARE = Fraction(1, 2**40)
 
 
@@ -68,6 +70,7 @@ class Decision:
         values: v there, enclosed.
         parameters: values of the parameters that the points are for.
         cells: by piece, the cells on which the sign was found.
+        forms: by piece, the expression whose derivative it was found for, if it is not that of the piece.
         notes: jumps within the tolerance.
     """
 
@@ -78,6 +81,7 @@ class Decision:
     values: list[arb] = field(default_factory=list)
     parameters: dict[str, Fraction] = field(default_factory=dict)
     cells: dict[int, list[Cell]] = field(default_factory=dict)
+    forms: dict[int, Element] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -88,6 +92,7 @@ class Prover:
         nodes: the expression of v.
         parameters: ranges of its parameters.
         samples: values of the parameters at which to look for witnesses.
+        deadline: CPU time (``time.process_time``) at which it stops.
 
     Raises:
         UndecidedError: v cannot be split into pieces.
@@ -98,18 +103,24 @@ class Prover:
         nodes: Sequence[Node],
         parameters: Mapping[str, Interval],
         samples: Sequence[Mapping[str, Fraction]] = ({},),
+        deadline: float = float("inf"),
     ) -> None:
         self.nodes, self.parameters, self.samples = nodes, parameters, samples
         plain = {"u", "parameter", "constant", "add", "mul", "div", "lookup", *CHOICES}
         functions = sum(name not in plain for name, *_ in nodes)
-        self.field = Field(list(parameters), 12 + len(parameters) + 5 * functions)
+        self.field = Field(list(parameters), 14 + len(parameters) + 6 * functions)
+        self.field.deadline = deadline
         self.splitter = Splitter(nodes, self.field, parameters)
         self._no_equalities = all(name != "equal" for name, *_ in nodes)
-        self.deadline = time.process_time() + SECONDS
         try:
             self.pieces, self.seams = self.splitter.pieces()
         except TooLargeError as error:
             raise UndecidedError(f"{error}") from error
+
+        self._ends: dict[tuple[Bound, bool], list[Piece]] = {}  # by an end, and whether it is the upper one
+        for piece in self.pieces:
+            self._ends.setdefault((piece.high, True), []).append(piece)
+            self._ends.setdefault((piece.low, False), []).append(piece)
 
     def decide(self, claim: Claim) -> Decision:
         """Proves or disproves a claim, or says what stops it."""
@@ -120,7 +131,7 @@ class Prover:
                     continue
                 if claim.side < 0 and piece.low is not None and piece.low >= 0:
                     continue
-                decision.cells[number] = list(self._cells(claim, piece, decision))
+                self._on(claim, number, piece, decision)
             for seam in self.seams:
                 self._across(claim, seam, decision)
         except (UndecidedError, TooLargeError, UndefinedError, ZeroDivisionError) as error:
@@ -130,7 +141,20 @@ class Prover:
             decision.points, decision.values, decision.parameters = found.points, found.values, found.parameters
         return decision
 
-    def _cells(self, claim: Claim, piece: Piece, decision: Decision) -> Iterator[Cell]:
+    def _on(self, claim: Claim, number: int, piece: Piece, decision: Decision) -> None:
+        """Decides a claim on a piece; if need be, with related exponentials written as powers of one."""
+        other = in_one_exponential(self.field, piece.expression)
+        ways = [(piece, FEW_CELLS), *([] if other is None else [(replace(piece, value=other), FEW_CELLS)])]
+        for way, most in ways:
+            try:
+                decision.cells[number] = list(self._cells(claim, way, most))
+                decision.forms[number] = way.expression
+                return
+            except (UndecidedError, UndefinedError):
+                continue
+        decision.cells[number] = list(self._cells(claim, piece, MOST_CELLS))
+
+    def _cells(self, claim: Claim, piece: Piece, most: int) -> Iterator[Cell]:
         """Cells that cover a piece, on each of which the derivative has its sign."""
         target = _differentiated(piece.expression, claim.order)
         parts = [_differentiated(part, claim.order) for part in piece.expression.addends]
@@ -151,10 +175,11 @@ class Prover:
                     continue
             except UndefinedError as error:
                 reason = str(error)
+            self.field.require_time()
             middle = between(low, high)
             if sign == -claim.sign or count % 8 == 1:
                 self._witness(claim, middle, low, high)
-            if count > MOST_CELLS or time.process_time() > self.deadline or _narrow(low, high):
+            if count > most or _narrow(low, high):
                 self._witness(claim, middle, low, high)
                 raise UndecidedError(f"{span(low, high)}: {reason}")
             self._require_smooth(piece, middle)
@@ -181,7 +206,7 @@ class Prover:
     def _sides(self, seam: Seam) -> tuple[list[Piece], list[Piece]]:
         """The pieces that may end at a seam, and those that may begin there."""
         if seam.low is not None:
-            return [p for p in self.pieces if p.high == seam.high], [p for p in self.pieces if p.low == seam.low]
+            return self._ends.get((seam.high, True), []), self._ends.get((seam.low, False), [])
         rises = self.splitter.roots[seam.key][1]
         left = [p for p in self.pieces if p.signs.get(seam.key) == -rises]
         return left, [p for p in self.pieces if p.signs.get(seam.key) == rises]
@@ -261,7 +286,9 @@ class Prover:
             return found
 
         try:
-            return evaluate(self.nodes, self.field, seam.root, sign)
+            known: dict[int, Element] = {}
+            tables = self.splitter.tables
+            return Evaluation(self.nodes, self.field, seam.root, sign, box.range, known, seam.sums, tables).value()
         except Undecided as choice:
             if self._no_equalities:
                 return self._limit(piece.expression, seam, box)
@@ -294,6 +321,7 @@ class Prover:
         """Raises _Disproved if points near ``place`` contradict the claim."""
         for parameters in self.samples:
             for k in range(0, 44, 2):
+                self.field.require_time()
                 width = max(abs(place), Fraction(1, 2**20)) / 2**k
                 for points in _candidates(claim, place, width):
                     if claim.side and min(claim.side * points[0], claim.side * points[-1]) <= 0:
@@ -339,45 +367,3 @@ def _narrow(low: Bound, high: Bound) -> bool:
 def _short(element: Element) -> str:
     text = str(element)
     return text if len(text) < 80 else text[:77] + "..."
-
-
-def difference(field: Field, before: fmpq_mpoly, after: fmpq_mpoly, box: Box) -> tuple[fmpq_mpoly | None, arb | None]:
-    """``after - before`` without coefficients that agree to within the tolerance, constants such as exp(40) evaluated.
-
-    Returns:
-        What is left, None if nothing is; and the largest coefficient that was dropped, if any.
-    """
-    exact = after - before
-    if exact.is_zero():
-        return None, None
-    used = {i for polynomial in (before, after) for i, degree in enumerate(polynomial.degrees()) if degree > 0}
-    constant = {i for i in used if not field.base_of(i) or box[i].point is not None}
-    sides: list[dict[tuple[int, ...], arb]] = []
-    sizes: dict[tuple[int, ...], arb] = {}
-    for polynomial in (before, after):
-        grouped: dict[tuple[int, ...], arb] = {}
-        for exponents, coefficient in polynomial.terms():
-            value = arb(coefficient)
-            for i in constant:
-                if exponents[i]:
-                    value *= box[i].low.union(box[i].high) ** int(exponents[i])
-            key = tuple(0 if i in constant else int(e) for i, e in enumerate(exponents))
-            grouped[key] = grouped.get(key, arb(0)) + value
-            sizes[key] = sizes.get(key, arb(0)) + abs(value)
-        sides.append(grouped)
-    dropped: arb | None = None
-    kept = set()
-    for key in sides[0].keys() | sides[1].keys():
-        a, b = sides[0].get(key, arb(0)), sides[1].get(key, arb(0))
-        if abs(a - b) <= arb(TOLERANCE) * sizes[key]:
-            dropped = (b - a).mid() if dropped is None or abs(b - a) > abs(dropped) else dropped
-        else:
-            kept.add(key)
-    if not kept:
-        return None, dropped
-    left = {
-        exponents: coefficient
-        for exponents, coefficient in exact.terms()
-        if tuple(0 if i in constant else int(e) for i, e in enumerate(exponents)) in kept
-    }
-    return field.ctx.from_dict(left), dropped

@@ -27,7 +27,8 @@ class Kernel:
     """A function of an expression that is a variable of the polynomials.
 
     Attributes:
-        kind: exp, sigmoid, softplus, log, atan, erf, sin, cos, power, or pi, which has no argument.
+        kind: exp, sigmoid, softplus, log, atan, erf, log_ndtr, hazard (the slope of -log_ndtr(-g)), gap (g +
+            hazard(-g)), sin, cos, power, or pi, which has no argument.
         argument: the expression g.
         exponent: of a power, a rational or an expression in the parameters.
     """
@@ -268,17 +269,21 @@ class Expressions:
         n = parts[0]
         for part in parts[1:]:
             n = n + part
-        if sum(map(len, parts)) > len(n) or len(parts) > 2:
+        if sum(map(len, parts)) > len(n):
             n = self._without_residues(n, parts)
         return self.quotient(n, d)
 
     def _without_residues(self, n: fmpq_mpoly, parts: Sequence[fmpq_mpoly]) -> fmpq_mpoly:
-        sizes: dict[tuple[int, ...], Any] = {}
+        sizes = self.ctx.constant(0)
         for part in parts:
-            for exponents, coefficient in part.terms():
-                sizes[exponents] = sizes.get(exponents, 0) + abs(coefficient)
-        kept = {e: c for e, c in n.terms() if abs(c) > TOLERANCE * sizes[e]}
-        return n if len(kept) == len(n) else self.ctx.from_dict(kept)
+            sizes += self.ctx.from_dict({exponents: abs(c) for exponents, c in part.terms()})
+        return self.settled(n, sizes).numerator
+
+    def settled(self, n: fmpq_mpoly, sizes: fmpq_mpoly) -> Element:
+        """A sum without coefficients that cancel to within ``TOLERANCE`` of the ``sizes`` that they come from."""
+        of = {exponents: abs(c) for exponents, c in sizes.terms()}
+        kept = {exponents: c for exponents, c in n.terms() if abs(c) > TOLERANCE * of[exponents]}
+        return Element(self, n if len(kept) == len(n) else self.ctx.from_dict(kept), self.ctx.constant(1))
 
     def kernel(self, kind: str, argument: Element, exponent: Fraction | Element | None = None) -> int:
         """The variable of a kernel, which is added if it is new."""

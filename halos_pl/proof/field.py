@@ -30,7 +30,7 @@ class Field(Expressions):
         self._slopes: dict[int, Element] = {}
 
     def apply(self, kind: str, g: Element) -> Element:
-        """exp, log, sigmoid, softplus, atan, erf, sin or cos of an expression."""
+        """exp, log, sigmoid, softplus, atan, erf, log_ndtr, sin or cos of an expression."""
         negative = not g.is_zero and g.numerator.leading_coefficient() < 0
         if kind == "exp":
             return self._exp(g)
@@ -142,6 +142,12 @@ class Field(Expressions):
         if kernel.kind == "erf":
             pi = self.variable(self.kernel("pi", self.zero))
             return self.constant(2) / self.raised(pi, self.constant(Fraction(1, 2))) * self._exp(-(g * g)) * inner
+        if kernel.kind == "log_ndtr":  # log of the normal distribution: its slope is the hazard rate at -g
+            return self.variable(self.kernel("hazard", -g)) * inner
+        if kernel.kind == "hazard":
+            return x * self.variable(self.kernel("gap", -g)) * inner
+        if kernel.kind == "gap":  # g + hazard(-g)
+            return (self.one - x * self.variable(self.kernel("hazard", -g))) * inner
         if kernel.kind == "sin":
             return self.apply("cos", g) * inner
         if kernel.kind == "cos":

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from math import comb
+from math import comb, prod
 from typing import Any
 
 from flint import arb, ctx, fmpq, fmpq_mpoly
@@ -21,6 +21,11 @@ LARGEST_TENSOR = 4096
 def ball(value: Any) -> arb:
     """An enclosure of a rational."""
     return value if isinstance(value, arb) else arb(fmpq(value.numerator, value.denominator))
+
+
+def whole_power(x: arb, exponent: int) -> arb:
+    """x multiplied by itself; python-flint has no powers of a ball around 0."""
+    return prod([x] * exponent, start=ONE)
 
 
 def least(a: arb, b: arb) -> arb:
@@ -175,7 +180,7 @@ def polynomial_range(polynomial: fmpq_mpoly, box: Mapping[int, Interval]) -> Int
         value: Any = coefficient
         for i, point in points.items():
             if exponents[i]:
-                value *= point ** int(exponents[i])
+                value *= whole_power(point, int(exponents[i]))
         key = tuple(int(exponents[i]) for i in free)
         terms[key] = terms[key] + value if key in terms else value
     bounded = []
@@ -197,6 +202,8 @@ def _enclosed(
     terms: dict[tuple[int, ...], arb], box: list[Interval], degrees: list[int], bounded: list[bool]
 ) -> Interval:
     """The range of a polynomial from its coefficients in the bases of :func:`polynomial_range`."""
+    if any(coefficient.is_nan() for coefficient in terms.values()):
+        return REALS
     low, high = INF, NEGATIVE_INF
     lowest_tail = highest_tail = ZERO
     rises = falls = False
@@ -218,7 +225,7 @@ def _enclosed(
                 open_ &= power == 0 or (reached and not two_sided)
         if infinite:
             sure_low, sure_high = (coefficient.lower(), coefficient.upper()) if even else (NEGATIVE_INF, INF)
-            if even or coefficient != 0:
+            if even or not coefficient.is_zero():
                 lowest_tail, highest_tail = least(lowest_tail, sure_low), greatest(highest_tail, sure_high)
         rises |= open_ and bool(coefficient > 0)
         falls |= open_ and bool(coefficient < 0)

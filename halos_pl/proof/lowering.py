@@ -10,145 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halos_pl.proof.program import CHOICES, Program
-
-HALF = Fraction(1, 2)
-# From here on torch replaces softplus by its asymptote, an error of 2e-9 at most; the proof is about softplus itself.
-SOFTPLUS_THRESHOLD = 20.0
+from halos_pl.proof.algebra import HALF, Algebra, NoRuleError
+from halos_pl.proof.program import Program
 
 
-class NoRuleError(ValueError):
-    """There is no rule for an operation; the message names it."""
-
-
-class Algebra:
-    """Compound expressions of a program."""
-
-    def __init__(self, program: Program) -> None:
-        self.p = program
-
-    def c(self, value: Any) -> int:
-        return self.p.constant(value)
-
-    def f(self, name: str, x: int) -> int:
-        return self.p.node(name, x)
-
-    def times(self, factor: Any, x: int) -> int:
-        return self.p.mul(self.c(factor), x)
-
-    def tanh(self, x: int) -> int:
-        return self.p.add(self.times(2, self.f("sigmoid", self.times(2, x))), self.c(-1))
-
-    def log1p(self, x: int) -> int:
-        return self.f("log", self.p.add(self.c(1), x))
-
-    def expm1(self, x: int) -> int:
-        return self.p.add(self.exp(x), self.c(-1))
-
-    def exp(self, x: int) -> int:
-        return self.c(1) if self.p.value(x) == 0 else self.f("exp", x)
-
-    def log_sigmoid(self, x: int) -> int:
-        return self.p.negative(self.f("softplus", self.p.negative(x)))
-
-    def root(self, x: int) -> int:
-        return self.p.pow(x, self.c(HALF))
-
-    def square(self, x: int) -> int:
-        return self.p.mul(x, x)
-
-    def ndtr(self, x: int) -> int:
-        return self.times(HALF, self.p.add(self.c(1), self.f("erf", self.p.div(x, self.root(self.c(2))))))
-
-    def gelu(self, x: int, approximate: str = "none") -> int:
-        if approximate == "none":
-            return self.p.mul(x, self.ndtr(x))
-        cubic = self.p.add(x, self.times(Fraction("0.044715"), self.p.mul(x, self.square(x))))
-        inner = self.p.div(self.times(2, cubic), self.root(self.times(HALF, self.c(math.pi))))
-        return self.p.mul(x, self.f("sigmoid", self.times(HALF * 2, inner)))
-
-    def asinh(self, x: int) -> int:
-        return self.f("log", self.p.add(x, self.root(self.p.add(self.c(1), self.square(x)))))
-
-    def cosh(self, x: int, sign: int = 1) -> int:
-        return self.times(HALF, self.p.add(self.exp(x), self.times(sign, self.exp(self.p.negative(x)))))
-
-    def atanh(self, x: int) -> int:
-        ratio = self.p.div(self.p.add(self.c(1), x), self.p.sub(self.c(1), x))
-        return self.times(HALF, self.f("log", ratio))
-
-    def asin(self, x: int) -> int:
-        return self.f("atan", self.p.div(x, self.root(self.p.sub(self.c(1), self.square(x)))))
-
-    def least(self, a: int, b: int) -> int:
-        return self.p.choose("less", self.p.sub(a, b), a, b)
-
-    def greatest(self, a: int, b: int) -> int:
-        return self.p.choose("less", self.p.sub(a, b), b, a)
-
-    def abs(self, x: int) -> int:
-        return self.p.choose("less", x, self.p.negative(x), x)
-
-    def clamp(self, x: int, low: int | None = None, high: int | None = None) -> int:
-        x = x if low is None else self.greatest(x, low)
-        return x if high is None else self.least(x, high)
-
-    def softplus(self, x: int, beta: int, threshold: float) -> int:
-        scaled = self.p.mul(beta, x)
-        smooth = self.p.div(self.f("softplus", scaled), beta)
-        if threshold >= SOFTPLUS_THRESHOLD:
-            return smooth
-        return self.p.choose("at_most", self.p.sub(scaled, self.c(threshold)), smooth, x)
-
-    def logaddexp(self, a: int, b: int) -> int:
-        return self.p.add(b, self.f("softplus", self.p.sub(a, b)))
-
-    def elu(self, x: int, alpha: int, scale: int, input_scale: int) -> int:
-        below = self.p.mul(alpha, self.expm1(self.p.mul(input_scale, x)))
-        return self.p.mul(scale, self.p.choose("at_most", x, below, x))
-
-    def relu6(self, x: int) -> int:
-        return self.clamp(x, self.c(0), self.c(6))
-
-    def truth(self, x: int) -> int:
-        return self.p.choose("equal", x, self.c(0), self.c(1))
-
-    def where(self, condition: int, a: int, b: int) -> int:
-        name, *operands = self.p.nodes[condition]
-        if name in CHOICES and [self.p.value(int(x)) for x in operands[1:]] == [1, 0]:
-            return self.p.choose(name, int(operands[0]), a, b)
-        return self.p.choose("equal", condition, b, a)
-
-    def compare(self, name: str, a: int, b: int) -> int:
-        relation, swapped, negated = {
-            "lt": ("less", False, False),
-            "le": ("at_most", False, False),
-            "gt": ("less", True, False),
-            "ge": ("at_most", True, False),
-            "eq": ("equal", False, False),
-            "ne": ("equal", False, True),
-        }[name]
-        d = self.p.sub(b, a) if swapped else self.p.sub(a, b)
-        yes, no = (0, 1) if negated else (1, 0)
-        return self.p.choose(relation, d, self.c(yes), self.c(no))
-
-    def sign(self, x: int) -> int:
-        return self.p.choose("less", x, self.c(-1), self.p.choose("equal", x, self.c(0), self.c(1)))
-
-    def total(self, xs: list[int]) -> int:
-        return self.p.add(*xs)
-
-    def product(self, xs: list[int]) -> int:
-        result = self.c(1)
-        for x in xs:
-            result = self.p.mul(result, x)
-        return result
-
-    def extreme(self, xs: list[int], pick: Callable[[int, int], int]) -> int:
-        result = xs[0]
-        for x in xs[1:]:
-            result = pick(result, x)
-        return result
+def whole(program: Program, ids: Tensor) -> Tensor:
+    """Numbers without their fraction, as a conversion to an integer dtype gives them."""
+    return _each(Algebra(program).trunc, ids)
 
 
 def truth(program: Program, ids: Tensor) -> Tensor:
@@ -197,6 +65,15 @@ def _elementwise(a: Algebra) -> dict[str, Callable[..., int]]:
         "erf": lambda x: a.f("erf", x),
         "erfc": lambda x: p.sub(one, a.f("erf", x)),
         "special_ndtr": a.ndtr,
+        "special_log_ndtr": lambda x: a.f("log_ndtr", x),
+        "atan2": a.atan2,
+        "floor": a.floor,
+        "ceil": lambda x: p.negative(a.floor(p.negative(x))),
+        "trunc": a.trunc,
+        "round": a.round,
+        "frac": lambda x: p.sub(x, a.trunc(x)),
+        "remainder": a.remainder,
+        "floor_divide": lambda x, y: a.floor(p.div(x, y)),
         "sin": lambda x: a.f("sin", x),
         "cos": lambda x: a.f("cos", x),
         "asinh": a.asinh,
@@ -288,8 +165,7 @@ def _bucket(a: Algebra, name: str, args: list[Any], kwargs: dict[str, Any]) -> T
         right = kwargs.get("right", args[3] if len(args) > 3 else False)
     if knots.dim() != 1:
         raise NoRuleError(f"{name} with one row of boundaries for each outcome")
-    relation = "le" if right else "lt"
-    return _each(lambda x: a.total([a.compare(relation, k, x) for k in knots.tolist()]), ids)
+    return _each(lambda x: a.count(x, knots.tolist(), bool(right)), ids)
 
 
 def _indexed(a: Algebra, name: str, args: list[Any]) -> Tensor:
@@ -379,8 +255,12 @@ def lower(program: Program, name: str, args: list[Any], kwargs: dict[str, Any]) 
     if name in ("lt", "le", "gt", "ge", "eq", "ne"):
         return _each(lambda x, y: a.compare(name, x, y), node(args[0]), node(args[1]))
     rule = _elementwise(a).get(name)
-    if rule is None or (name == "div" and kwargs.pop("rounding_mode", None)):
+    rounding = kwargs.pop("rounding_mode", None)
+    if rule is None or kwargs.pop("decimals", 0):
         raise NoRuleError(f"no rule for {name}")
+    if rounding is not None:
+        quotient = _each(a.p.div, node(args[0]), node(args[1]))
+        return _each({"floor": a.floor, "trunc": a.trunc}[rounding], quotient)
     keys = list(kwargs)
     tensors = [node(x) for x in args] + [node(kwargs[key]) for key in keys]
     count = len(args)

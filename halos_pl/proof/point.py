@@ -8,7 +8,7 @@ from fractions import Fraction
 from flint import arb, fmpq
 
 from halos_pl.proof.interval import ball
-from halos_pl.proof.program import CHOICES, Node
+from halos_pl.proof.program import CHOICES, COUNTS, Node
 
 Number = fmpq | arb
 _FUNCTIONS = {
@@ -20,6 +20,7 @@ _FUNCTIONS = {
     "erf": lambda x: x.erf(),
     "sin": lambda x: x.sin(),
     "cos": lambda x: x.cos(),
+    "log_ndtr": lambda x: ((-x / arb(2).sqrt()).erfc() / 2).log(),
 }
 
 
@@ -86,9 +87,21 @@ def _computed(name: str, xs: list[Number]) -> Number:
         return xs[0] / xs[1]
     if name == "pow":
         return _power(xs[0], xs[1])
+    if name == "floor":
+        return _floor(xs[0])
+    if name in COUNTS:
+        relation = "less" if name == "below" else "at_most"
+        return fmpq(sum(_chosen(relation, knot - xs[0], [0, 1]) == 0 for knot in xs[1:]))
     x = xs[0] if isinstance(xs[0], arb) else arb(xs[0])
     result: Number = _FUNCTIONS[name](x)
     return result
+
+
+def _floor(x: Number) -> Number:
+    whole = x.floor().unique_fmpz() if isinstance(x, arb) else x.floor()
+    if whole is None:
+        raise ValueError("a whole part cannot be decided")
+    return fmpq(whole)
 
 
 def _power(x: Number, exponent: Number) -> Number:

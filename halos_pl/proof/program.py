@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 # Number of operands of each operation; None: any number. ``lookup`` takes an index and the entries of a table;
-# ``less``, ``at_most`` and ``equal`` take d, a, b and give a where d < 0, d <= 0 or d = 0, else b.
+# ``less``, ``at_most`` and ``equal`` take d, a, b and give a where d < 0, d <= 0 or d = 0, else b. ``below`` and
+# ``up_to`` take x and ascending constants, and count those below x or at most x.
 OPERATIONS: dict[str, int | None] = {
     "add": None,
     "mul": 2,
@@ -24,8 +26,12 @@ OPERATIONS: dict[str, int | None] = {
     "at_most": 3,
     "equal": 3,
     "lookup": None,
+    "floor": 1,
+    "below": None,
+    "up_to": None,
+    "log_ndtr": 1,
 }
-CHOICES = ("less", "at_most", "equal")
+CHOICES, COUNTS = ("less", "at_most", "equal"), ("below", "up_to")
 Node = tuple[str, *tuple[int | str, ...]]
 
 
@@ -108,19 +114,22 @@ class Program:
         return a if a == b else self.node(relation, d, a, b)
 
     def of_row(self, output: int, row: int) -> tuple[Node, ...]:
-        """The nodes that ``output`` needs, renumbered, with u for that row.
+        """The nodes that ``output`` needs, renumbered, with u for that row; a sum of sums is one sum.
 
         Raises:
             ValueError: the output depends on another row.
         """
         order: dict[int, int] = {}
         nodes: list[Node] = []
+        uses = self._uses(output)
         todo = [(output, False)]
         while todo:
             old, expanded = todo.pop()
             if old in order:
                 continue
             name, *operands = self.nodes[old]
+            if name == "add":
+                operands = list(self._terms(operands, uses))
             if not expanded:
                 todo.append((old, True))
                 todo += [(x, False) for x in reversed(operands) if isinstance(x, int)]
@@ -132,3 +141,24 @@ class Program:
             order[old] = len(nodes)
             nodes.append((name, *(order[x] if isinstance(x, int) else x for x in operands)))
         return tuple(nodes)
+
+    def _uses(self, output: int) -> dict[int, int]:
+        """How often each node that ``output`` needs is an operand."""
+        uses, todo = {output: 1}, [output]
+        while todo:
+            for x in self.nodes[todo.pop()][1:]:
+                if isinstance(x, int):
+                    if x not in uses:
+                        todo.append(x)
+                    uses[x] = uses.get(x, 0) + 1
+        return uses
+
+    def _terms(self, operands: list[int | str], uses: dict[int, int]) -> Iterator[int]:
+        """The terms of a sum, with those of sums that are used nowhere else."""
+        todo = list(reversed(operands))
+        while todo:
+            x = int(todo.pop())
+            if self.nodes[x][0] == "add" and uses[x] == 1:
+                todo += reversed(self.nodes[x][1:])
+            else:
+                yield x

@@ -11,13 +11,14 @@ from flint import arb
 from torch import nn
 
 from halos_pl.proof.claims import CLAIMS, Claim, Decision, Prover, Status
+from halos_pl.proof.evaluation import UndecidedError
 from halos_pl.proof.interval import INF, NEGATIVE_INF, REALS, Interval
-from halos_pl.proof.pieces import UndecidedError
 from halos_pl.proof.program import Node, rational
 from halos_pl.proof.trace import Symbol, UntraceableError, trace
 
 # Values at which learnable parameters are tried for a witness, beside their own.
 _TRIED = (Fraction(-1), Fraction(1), Fraction(-3), Fraction(3))
+SECONDS = 5.0  # of CPU time after the recording, for all claims together
 Unknowns = dict[str, tuple[Symbol, Interval]]
 
 
@@ -146,11 +147,12 @@ def prove(v: nn.Module) -> Proof:
     learnable, hyper = _unknowns(v)
     try:
         plain = trace(v, {name: symbol for name, (symbol, _) in learnable.items()})
-        outcomes = _decided(plain, _entries(learnable))
+        deadline = time.process_time() + SECONDS
+        outcomes = _decided(plain, _entries(learnable), deadline)
         if hyper and any(outcome.status == "proved" for outcome in outcomes.values()):
             graph, unknowns = _recorded(v, learnable, hyper)
             if len(unknowns) > len(learnable):
-                outcomes = _widened(outcomes, _decided(graph, _entries(unknowns)))
+                outcomes = _widened(outcomes, _decided(graph, _entries(unknowns), deadline))
     except UntraceableError as error:
         outcomes = {claim.name: Outcome(claim, "undecided", reason=str(error)) for claim in CLAIMS}
     return Proof(type(v).__name__, outcomes, time.process_time() - start)
@@ -165,11 +167,13 @@ def _samples(entries: Mapping[str, tuple[Interval, Fraction]]) -> list[dict[str,
     return samples if any(x is REALS for x, _ in entries.values()) else [own]
 
 
-def _decided(graph: tuple[Node, ...], entries: Mapping[str, tuple[Interval, Fraction]]) -> dict[str, Outcome]:
+def _decided(
+    graph: tuple[Node, ...], entries: Mapping[str, tuple[Interval, Fraction]], deadline: float
+) -> dict[str, Outcome]:
     ranges = {name: interval for name, (interval, _) in entries.items()}
     scope = _scope(entries, graph)
     try:
-        prover = Prover(graph, ranges, _samples(entries))
+        prover = Prover(graph, ranges, _samples(entries), deadline)
     except (UndecidedError, ValueError, ZeroDivisionError) as error:
         return {claim.name: Outcome(claim, "undecided", scope, str(error)) for claim in CLAIMS}
     outcomes = {}

@@ -102,6 +102,16 @@ def _softplus(x: arb) -> arb:
     return x.exp().log1p() if x < 0 else x + (-x).exp().log1p()
 
 
+def _tail_of_normal(x: arb) -> arb:
+    """The probability that a standard normal variable is above x."""
+    return (x / arb(2).sqrt()).erfc() / 2
+
+
+def _hazard(x: arb) -> arb:
+    """The density of the normal distribution at x, divided by the probability of more than x."""
+    return (-x * x / 2).exp() / (2 * arb.pi()).sqrt() / _tail_of_normal(x)
+
+
 _RANGES: dict[str, Callable[[Interval], Interval]] = {
     "exp": lambda x: _monotone(lambda y: y.exp(), x, ZERO, INF),
     "sigmoid": lambda x: _monotone(_sigmoid, x, ZERO, ONE),
@@ -110,6 +120,9 @@ _RANGES: dict[str, Callable[[Interval], Interval]] = {
     "log": _log,
     "atan": lambda x: _monotone(_atan, x, (-_half_pi()).lower(), _half_pi().upper(), reaches=True),
     "erf": lambda x: _monotone(lambda y: y.erf(), x, -ONE, ONE),
+    "log_ndtr": lambda x: _monotone(lambda y: (_tail_of_normal(-y)).log(), x, NEGATIVE_INF, ZERO),
+    "hazard": lambda x: _monotone(_hazard, x, ZERO, INF),
+    "gap": lambda x: _monotone(lambda y: y + _hazard(-y), x, ZERO, INF),
     "sin": lambda x: _wave(lambda y: y.sin(), x, _half_pi()),
     "cos": lambda x: _wave(lambda y: y.cos(), x, ZERO),
 }
@@ -157,6 +170,8 @@ class Box:
         kernel = self.field.kernels[index]
         if kernel.kind == "pi":
             return Interval.of(arb.pi(), arb.pi())
+        if kernel.kind == "rest":  # of a Taylor sum with terms above 0
+            return Interval(ZERO, INF)
         x = self.range(kernel.argument)
         if kernel.kind == "power":
             if not x.positive and self.sign(kernel.argument) == (1, True):
@@ -242,7 +257,7 @@ class Box:
             if None not in [s for s, _ in signs] and len({s for s, _ in signs}) == 1:
                 found = signs[0][0], any(strict for _, strict in signs)
         if found[0] is None or not found[1]:
-            found = self._by_conjugate(factor) or self._turned(factor) or found
+            found = self._by_conjugate(factor) or self._turned(factor) or self._by_growth(factor) or found
         if squared:
             return 1, found[1] and found[0] is not None
         return found
@@ -276,6 +291,35 @@ class Box:
                 small = field.variable(field.kernel("softminus", g))
                 return self.sign(field.composed(factor, {i: small + g}))
         return None
+
+    def _by_growth(self, factor: fmpq_mpoly) -> tuple[int | None, bool] | None:
+        """The sign far out, where powers of u compete with e^g for an affine g: e^g exceeds its Taylor sum."""
+        field, degrees = self.field, factor.degrees()
+        if self.u.low.is_finite() == self.u.high.is_finite() or not degrees[0]:
+            return None
+        end, outwards = (self.u.ends[0], 1) if self.u.low.is_finite() else (self.u.ends[1], -1)
+        if isinstance(end, arb):
+            return None
+        start = field.constant(Fraction(int(end.p), int(end.q)))
+        values: dict[int, Element] = {}
+        for i in [i for i, degree in enumerate(degrees) if degree > 0 and i in field.kernels]:
+            g = field.kernels[i].argument
+            rate = g.derivative.rational if field.kernels[i].kind == "exp" else None
+            if not rate or 0 in g.derivative.depends_on:
+                continue
+            if rate * outwards < 0:  # e^g falls: multiply by a power of e^-g
+                factor = field.ctx.from_dict(
+                    {(*e[:i], degrees[i] - e[i], *e[i + 1 :]): coefficient for e, coefficient in factor.terms()}
+                )
+                g = -g
+            x = (field.u - start) * field.constant(abs(rate) * outwards)
+            term = total = field.one
+            for n in range(1, degrees[0] + 2):
+                term = term * x * field.constant(Fraction(1, n))
+                total = total + term
+            first = field.apply("exp", field.substituted(g, start, {}))
+            values[i] = first * total + field.variable(field.kernel("rest", g))
+        return self._sign(field.composed(factor, values)) if values else None
 
     def require_defined(self, element: Element) -> None:
         """Raises UndefinedError unless every logarithm, power and quotient in the expression is defined."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halos_pl.proof import lowering
+from halos_pl.proof.algebra import NoRuleError
 from halos_pl.proof.program import Node, Program
 
 _SKIPPED = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -119,15 +120,14 @@ class _Recorder(TorchDispatchMode):
         if name in _IGNORED:
             result = ids[0]
             if name == "_to_copy" and not out.is_floating_point() and args[0].is_floating_point():
-                if out.dtype != torch.bool:
-                    raise refused(f"no rule for the conversion to {out.dtype}")
-                result = lowering.truth(self.program, ids[0])
+                lowered = lowering.truth if out.dtype == torch.bool else lowering.whole
+                result = lowered(self.program, ids[0])
         elif name in _MOVES:
             result = ids[1] if name == "copy" else func(*ids, **keywords)
         else:
             try:
                 result = lowering.lower(self.program, name, ids, keywords)
-            except lowering.NoRuleError as error:
+            except NoRuleError as error:
                 raise refused(str(error)) from error
         outs, results = (out, result) if isinstance(out, list | tuple) else ([out], [result])
         for tensor, nodes in zip(outs, results, strict=False):
