@@ -25,6 +25,9 @@ FUNCTIONS: dict[str, tuple[Callable[[arb, Any], arb], Any, Any]] = {  # rising f
     "log": (lambda x, p: x.log(), -INF, INF),
     "atan": (lambda x, p: x.atan(), arb(-2), arb(2)),
     "erf": (lambda x, p: x.erf(), arb(-1), arb(1)),
+    "log_ndtr": (lambda x, p: ((-x / arb(2).sqrt()).erfc() / 2).log(), -INF, ZERO),
+    "hazard": (lambda x, p: (2 / arb.pi()).sqrt() * (-x * x / 2).exp() / (x / arb(2).sqrt()).erfc(), ZERO, INF),
+    "gap": (lambda x, p: x + FUNCTIONS["hazard"][0](-x, p), ZERO, INF),
     "power": (lambda x, p: x**p, ZERO, INF),
     "pi": (lambda x, p: arb.pi(), ZERO, INF),
 }
@@ -60,11 +63,8 @@ class Chain:
         self.ctx = fmpq_mpoly_ctx.get([f"x{i}" for i in range(40 + 6 * len(graph["kernels"]))], Ordering.lex)
         self.x, self.one = self.ctx.gens(), self.ctx.constant(1)
         self.zero = 0 * self.one, self.one
-        self.kernels, self.index, self.sparse = (
-            dict[int, tuple[str, Quotient, Any]](),
-            dict[str, int](),
-            dict[int, Any](),
-        )
+        self.kernels, self.index = dict[int, tuple[str, Quotient, Any]](), dict[str, int]()
+        self.sparse: dict[int, Any] = {}
         self.parameters = {1 + i: p for i, p in enumerate(graph["parameters"].values())}
         for k in graph["kernels"]:
             self.kernel(k["kind"], self.read(k["argument"]), number(k["exponent"]))
@@ -85,8 +85,8 @@ class Chain:
                 a, b = self.reduced(n, i), self.reduced(d, i)
                 return self.ratio(a[0] * b[1], a[1] * b[0])
         common = d if n.is_zero() else n.gcd(d)
-        n, d = n / common, d / common
-        return n / d.leading_coefficient(), d / d.leading_coefficient()
+        n, d, leading = n / common, d / common, (d / common).leading_coefficient()
+        return n / leading, d / leading
 
     def reduced(self, p: Any, i: int) -> Quotient:
         total, (_, g, root) = self.zero, self.kernels[i]
@@ -113,7 +113,7 @@ class Chain:
         (kind, g, p), x, inner = self.kernels[i], self.x[i], self.derivative(self.kernels[i][1])
         if inner[0].is_zero():
             return inner
-        (n2, d2), pi = self.mul(g, g), (self.kernel("pi", self.zero), self.one)
+        (n2, d2), pi, minus = self.mul(g, g), (self.kernel("pi", self.zero), self.one), (-g[0], g[1])
         outer: dict[str, Callable[[], Quotient]] = {
             "exp": lambda: (x, self.one),
             "sigmoid": lambda: (x * (1 - x), self.one),
@@ -121,6 +121,9 @@ class Chain:
             "log": lambda: (g[1], g[0]),
             "atan": lambda: (d2, n2 + d2),
             "erf": lambda: (2 * self.kernel("exp", (-n2, d2)), self.kernel("power", pi, fmpq(1, 2))),
+            "log_ndtr": lambda: (self.kernel("hazard", minus), self.one),
+            "hazard": lambda: (x * self.kernel("gap", minus), self.one),
+            "gap": lambda: (1 - x * self.kernel("hazard", minus), self.one),
             "power": lambda: (p * x * g[1], g[0]),
         }
         return self.mul(outer[kind](), inner)
@@ -134,15 +137,15 @@ class Chain:
     def at(self, a: Quotient, known: dict[int, arb]) -> arb:  # values of variables, to which kernels are added
         ends = [ZERO, ZERO]
         for place, p in enumerate(a):
-            if id(p) not in self.sparse:
-                self.sparse[id(p)] = [(arb(c), [(i, int(k)) for i, k in enumerate(e) if k]) for e, c in p.terms()]
+            if id(p) not in self.sparse:  # powers one by one: a ball around 0 has none in python-flint
+                rows = [(arb(c), enumerate(e)) for e, c in p.terms()]
+                self.sparse[id(p)] = [(c, [i for i, k in e for _ in range(int(k))]) for c, e in rows]
             for c, powers in self.sparse[id(p)]:
-                for i, k in powers:
+                for i in powers:
                     if i not in known:
-                        known[i] = FUNCTIONS[self.kernels[i][0]][0](
-                            self.at(self.kernels[i][1], known), self.kernels[i][2]
-                        )
-                    c = c * known[i] ** k
+                        kind, g, q = self.kernels[i]
+                        known[i] = FUNCTIONS[kind][0](self.at(g, known), q)
+                    c = c * known[i]
                 ends[place] += c
         return ends[0] / ends[1]
 
@@ -161,8 +164,7 @@ class Cell:
             undefined = kind in ("log", "power") and not low > 0  # at its lower end, at most
             if (undefined and self.sign(g) != (1, True)) or (p is not None and p < 0):
                 raise RefusedError(f"the argument of {kind} may be 0 or below")
-            a = f(low, p) if low.is_finite() and not undefined else least
-            b = f(high, p) if high.is_finite() else most
+            a, b = f(low, p) if low.is_finite() and not undefined else least, f(high, p) if high.is_finite() else most
             a, b = a.lower() if a > least else least, b.upper() if b < most else most
             self.known[i] = a, b, bool(a == least), bool(b == most)
         return self.known[i]
@@ -178,7 +180,7 @@ class Cell:
                 total = [x + y for x, y in zip(total, [*ends, greatest([-ends[0], ends[1]])], strict=True)]
             spans.append([-INF, INF, INF] if any(x.is_nan() for x in total) else total)
         sign, strict = self.sign((a[1], self.chain.one))
-        if not sign or not strict:
+        if not (sign and strict):
             raise RefusedError("a divisor may be 0")
         low, high = (x * sign for x in spans[1][:2][::sign])
         inverse = [1 / high if high.is_finite() else ZERO, 1 / low if low > 0 else INF]
@@ -233,7 +235,7 @@ class Cell:
             ends.append((above, below) if left and right else (above if left else below, True))
             terms = new
         nonzero = [e for e, c in terms.items() if not arb(c).contains(0)]
-        if any(e not in nonzero and c != 0 for e, c in terms.items()):
+        if any(e not in nonzero and not arb(c).is_zero() for e, c in terms.items()):  # a ball around 0
             return None, False
         degrees, signs = [p.degrees()[i] for i in used], {1 if arb(terms[e]) > 0 else -1 for e in nonzero}
         strict = len(nonzero) == prod(n + 1 for n in degrees)
@@ -242,8 +244,7 @@ class Cell:
         return (signs.pop(), strict) if len(signs) == 1 else (None, False)
 
 
-def _covers(parts: Sequence[tuple[Any, Any]], low: Any, high: Any, overlap: bool = False) -> bool:
-    # intervals in ascending order that may reach into their neighbours if they may overlap
+def _covers(parts: Sequence[tuple[Any, Any]], low: Any, high: Any, overlap: bool = False) -> bool:  # in order
     met = all(a[1] == b[0] or (overlap and a[0] < b[0] < a[1] < b[1]) for a, b in pairwise(parts))
     return bool(parts) and parts[0][0] == low and parts[-1][1] == high and met and all(a < b for a, b in parts)
 
