@@ -6,6 +6,7 @@ has a rising concave function of such a one. Any function that never falls may r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,8 +58,27 @@ CONCAVE: dict[str, Callable[[float], Formula]] = {
     "hinge": lambda s: lambda u: (s * u).clamp(max=3.0),
     "smooth hinge": lambda s: lambda u: 0.5 * (s * u - torch.sqrt((s * u) ** 2 + 1)),
     "soft minimum": lambda s: lambda u: -torch.logaddexp(-s * u, -(0.3 * s * u + 1)),
+    "log normal": lambda s: lambda u: torch.special.log_ndtr(s * u),
     "exponential": lambda s: lambda u: -torch.exp(-s * u.clamp(min=-20 / s)) + 20 * (s * u).clamp(max=-20),
 }
+_LANGEVIN_AT_HALF = 1 / math.tanh(0.5) - 2
+
+
+def _langevin(x: Tensor) -> Tensor:
+    """coth(x) - 1 / x, whose tail is that of 1 / x although exponentials of x are in it; a line below 1/2."""
+    y = x.clamp(min=0.5)
+    return torch.where(x < 0.5, 0.33 * (x - 0.5) + _LANGEVIN_AT_HALF, 1 / torch.tanh(y) - 1 / y)
+
+
+def _table(x: Tensor) -> Tensor:
+    """tanh between 9 knots, by a table."""
+    knots = torch.linspace(-4, 4, 9, dtype=x.dtype)
+    values = torch.tanh(knots)
+    i = torch.searchsorted(knots, x.contiguous()).clamp(1, 8)
+    slope = (values[i] - values[i - 1]) / (knots[i] - knots[i - 1])
+    return values[i - 1] + slope * (x - knots[i - 1])
+
+
 # Rising, and concave on gains alone.
 S_SHAPED: dict[str, Callable[[float], Formula]] = {
     "sigmoid": lambda s: lambda u: torch.sigmoid(s * u),
@@ -70,9 +90,15 @@ S_SHAPED: dict[str, Callable[[float], Formula]] = {
     "asinh": lambda s: lambda u: torch.asinh(s * u),
     "power": lambda s: lambda u: torch.where(u < 0, s * u, (s * u.clamp(min=0) + 0.01) ** 0.7 - 0.01**0.7),
     "logarithm": lambda s: lambda u: torch.where(u < 0, s * u, torch.log1p(s * u.clamp(min=0))),
+    "soft clip": lambda s: lambda u: F.softplus(s * u + 2) - F.softplus(s * u),
+    "gamma": lambda s: lambda u: torch.where(u < 0, s * u, 1 - (1 + s * u / 3) * torch.exp(-s * u.clamp(min=0))),
+    "langevin": lambda s: lambda u: _langevin(s * u),
+    "steps on losses": lambda s: lambda u: torch.floor((s * u).clamp(-3, 0)) + torch.tanh(s * u),
+    "rounded losses": lambda s: lambda u: torch.where(u < 0, torch.round((s * u).clamp(min=-3)), s * u),
+    "table": lambda s: lambda u: _table(s * u),
     "gompertz": lambda s: lambda u: torch.exp(-torch.exp(-s * u.clamp(min=-3 / s))),
 }
-BOUNDED = ("sigmoid", "tanh", "arctan", "erf", "algebraic", "rational", "gompertz")
+BOUNDED = ("sigmoid", "tanh", "arctan", "erf", "algebraic", "rational", "gompertz", "soft clip", "langevin")
 
 
 @st.composite

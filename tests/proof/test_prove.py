@@ -6,6 +6,7 @@ import ast
 import copy
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from halos_pl.proof import agreement, verify
 from halos_pl.proof.certificate import certificate
 from halos_pl.proof.claims import CLAIMS
 from halos_pl.proof.prove import Proof, prove
+from halos_pl.proof.trace import trace
 from value_functions import (
     CARA,
     Clipped,
@@ -130,6 +132,14 @@ def test_a_free_learnable_scale_is_disproved_at_a_value_that_training_may_reach(
     assert outcome.decision.parameters["raw"] < 0
 
 
+def table(u: Tensor, entries: int) -> Tensor:
+    """tanh(u / 30) between knots."""
+    knots = torch.linspace(-100, 100, entries, dtype=u.dtype)
+    values = torch.tanh(knots / 30)
+    i = torch.searchsorted(knots, u.contiguous()).clamp(1, entries - 1)
+    return values[i - 1] + (values[i] - values[i - 1]) / (knots[i] - knots[i - 1]) * (u - knots[i - 1])
+
+
 SOUND: dict[str, Callable[[Tensor], Tensor]] = {
     "algebraic": lambda u: u / torch.sqrt(1 + u * u),
     "smooth hinge": lambda u: 0.5 * (u - torch.sqrt(u * u + 1)),
@@ -152,8 +162,30 @@ SOUND: dict[str, Callable[[Tensor], Tensor]] = {
     "knots": lambda u: torch.minimum(u[..., None], torch.linspace(0, 90, 10, dtype=u.dtype)).sum(-1) / 10,
     "jumps at 0": lambda u: 0.1 * u + (u > 0).to(u) + (u >= 0).to(u),
     "lower of two curves": lambda u: torch.minimum(torch.tanh(u), 0.3 + 0.1 * torch.tanh(u / 10)),
+    "log of the normal distribution": lambda u: torch.special.log_ndtr(0.3 * u),
+    "difference of two softplus": lambda u: F.softplus(u + 3) - F.softplus(u),
+    "Langevin": lambda u: torch.where(
+        u > 0.5, 1 / torch.tanh(u.clamp(min=0.5)) - 1 / u.clamp(min=0.5), 0.33 * (u - 0.5) + 1 / math.tanh(0.5) - 2
+    ),
+    "steps on losses": lambda u: torch.where(u < 0, 0.5 * torch.round(u.clamp(-10, 0) / 0.5), torch.tanh(u)),
+    "ceiling": lambda u: torch.ceil(u.clamp(min=-5, max=0)) + torch.trunc(u.clamp(-8, 0)) + 0.1 * u,
+    "table of 30 entries": lambda u: table(u, 30),
+    "30 relus in a loop": lambda u: u - sum(0.03 * F.relu(u - 0.37 * i) for i in range(30)),
+    "least of exponentials": lambda u: torch.minimum(
+        -torch.exp(-torch.minimum(u, 1 - torch.exp(-u)).clamp(min=-9)), 0.3 * (1 - torch.exp(-0.1 * u.clamp(min=-3)))
+    ),
+    "Student t, 3 degrees of freedom": lambda u: (
+        0.5 + (torch.atan(u / math.sqrt(3)) + u / math.sqrt(3) / (1 + u * u / 3)) / math.pi
+    ),
+    "Laplace": lambda u: torch.distributions.Laplace(0.0, 3.0, validate_args=False).cdf(u),
+    "log cosh": lambda u: u - (u.abs() + F.softplus(-2 * u.abs()) - math.log(2)),
+    "algebraic of order 3": lambda u: u / (1 + u.abs() ** 3) ** (1 / 3),
     "in float64": lambda u: torch.tanh(0.1 * u.double()).to(u.dtype),
 }
+
+
+# The checker knows no rule for these: powers of u that compete with exponentials, and terms that cancel nearly.
+NOT_CERTIFIED = ("Langevin", "Student t, 3 degrees of freedom")
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -161,7 +193,11 @@ def test_sound_functions_are_proved_and_the_checker_agrees(name):
     v = Composed(SOUND[name])
     proof = prove(v)
     assert {claim: str(proof.outcomes[claim]) for claim in DESIRABLE} == dict.fromkeys(DESIRABLE, "proved")
-    assert {*DESIRABLE} <= accepted(certified(v, proof), v)
+    certificate_of = certified(v, proof)
+    expected = set() if name in NOT_CERTIFIED else {*DESIRABLE}
+    assert accepted(certificate_of, v) & {*DESIRABLE} == expected
+    statuses_there = {claim["status"] for claim in certificate_of["claims"] if claim["claim"] in DESIRABLE}
+    assert statuses_there == ({"proved"} if expected else {"not certified"})
 
 
 FAULTY: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
@@ -174,6 +210,11 @@ FAULTY: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "softplus": (lambda u: F.softplus(u), "concave_on_gains"),
     "bends the wrong way": (lambda u: 0.1 * u + 1e-3 * F.relu(u - 7.7), "concave_on_gains"),
     "logistic with a margin": (lambda u: torch.sigmoid(u - 5), "concave_on_gains"),
+    "steps on gains": (lambda u: torch.floor(u.clamp(0, 5)), "concave_on_gains"),
+    "rounded": (lambda u: torch.round(u.clamp(-4, 4)), "concave_on_gains"),
+    "falls between two entries": (lambda u: table(u, 60) - 0.1 * (u - 7).clamp(0, 1), "non_decreasing"),
+    "falls far out": (lambda u: torch.tanh(u + 1) - 0.2 * torch.tanh(u + 3), "non_decreasing"),
+    "log normal with a margin": (lambda u: torch.exp(torch.special.log_ndtr(u - 3)), "concave_on_gains"),
     "pole": (lambda u: -1 / (u - 3), "non_decreasing"),
 }
 
@@ -190,6 +231,31 @@ def test_faulty_functions_are_never_proved_and_their_witnesses_hold_in_float64(n
         torch.testing.assert_close(values, found, rtol=1e-9, atol=1e-9)
     else:
         assert name == "pole"
+
+
+def _newton(u: Tensor) -> Tensor:
+    w = F.softplus(0.1 * u)
+    for _ in range(4):
+        w = w - (w + torch.log(w) - 0.1 * u) * w / (1 + w)
+    return w
+
+
+def _nested(u: Tensor) -> Tensor:
+    for k in range(12):
+        u = torch.minimum(u, 1 - torch.exp(-(0.3 + 0.1 * k) * u.clamp(min=-3)) + 0.1 * k)
+    return u
+
+
+@pytest.mark.parametrize("formula", [_newton, _nested, lambda u: table(u, 900)], ids=["Newton", "least", "table"])
+def test_a_proof_ends_in_time(formula, monkeypatch):
+    monkeypatch.setattr("halos_pl.proof.prove.SECONDS", 0.2)
+    v = Composed(formula)
+    start = time.process_time()
+    trace(v, {})
+    recording = time.process_time() - start
+    proof = prove(v)
+    assert {outcome.status for outcome in proof.outcomes.values()} <= {"proved", "undecided"}
+    assert proof.seconds < 2 * recording + 1
 
 
 class PrivateBackward(torch.autograd.Function):
