@@ -108,7 +108,7 @@ class Prover:
         self.nodes, self.parameters, self.samples = nodes, parameters, samples
         plain = {"u", "parameter", "constant", "add", "mul", "div", "lookup", *CHOICES}
         functions = sum(name not in plain for name, *_ in nodes)
-        self.field = Field(list(parameters), 14 + len(parameters) + 6 * functions)
+        self.field = Field(list(parameters), 24 + len(parameters) + 8 * functions)
         self.field.deadline = deadline
         self.splitter = Splitter(nodes, self.field, parameters)
         self._no_equalities = all(name != "equal" for name, *_ in nodes)
