@@ -61,7 +61,13 @@ def test_a_target_without_an_answer_is_one_line_and_status_2(target, said, file,
 
 
 def test_what_a_target_and_its_processes_print_is_not_part_of_the_report(file, capfd):
-    for name, text in (("Prints", "in Python"), ("Writes", "to the descriptor"), ("Runs", "in a process of its own")):
+    printed = {
+        "Prints": "in Python",
+        "Writes": "to the descriptor",
+        "WritesEverywhere": "{}",
+        "Runs": "in a process of its own",
+    }
+    for name, text in printed.items():
         code, out, err = halos_check(capfd, f"{file}:{name}", "--json")
         assert json.loads(out)["verdict"] == ("halo" if code == 0 else "halo-shaped")
         assert text in err

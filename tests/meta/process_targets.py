@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class LeavesLater(_GivesNoAnswer):
 
 class LeavesAChild(_GivesNoAnswer):
     def act(self, u: Tensor) -> None:
-        subprocess.Popen(["sleep", "987"])
+        subprocess.Popen(["sleep", "987"], start_new_session=True)
         os._exit(0)
 
 
@@ -111,6 +112,13 @@ class Prints(_ActsOnce):
 class Writes(_ActsOnce):
     def act(self, u: Tensor) -> None:
         os.write(1, b"to the descriptor")
+
+
+class WritesEverywhere(_ActsOnce):
+    def act(self, u: Tensor) -> None:
+        for fd in range(3, 64):
+            with suppress(OSError):
+                os.write(fd, b"\x00\x00\x00\x02{}")
 
 
 class Runs(_ActsOnce):
