@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,18 @@ def _instance(cls: type, arguments: dict[str, Any], what: str) -> Any:
         parser.add_class_arguments(cls, "it", fail_untyped=False)
         return parser.instantiate(parser.parse_object({"it": arguments})).as_dict()["it"]
     except (Exception, SystemExit) as error:
-        raise TargetError(f"{what}: {one_line(error)}") from error
+        if unknown := [name for name in arguments if f"does not accept option '{name}'" in str(error)]:
+            like = _like(unknown[0], inspect.signature(cls).parameters)
+            raise TargetError(f"{what}: {cls.__name__} has no argument {unknown[0]!r}{like}") from error
+        raise TargetError(f"{what}: {one_line(error).replace('ArgumentError: it.', '')}") from error
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no name is given twice."""
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
+            raise ValueError(f"it gives {name!r} {times} times")
+    return dict(pairs)
 
 
 def objective_of(path: str | Path) -> Target:
@@ -161,9 +173,9 @@ def load_target(target: str | os.PathLike[str], init_args: str | None = None) ->
     arguments: Any = {}
     if init_args is not None:
         try:
-            arguments = json.loads(init_args)
+            arguments = json.loads(init_args, object_pairs_hook=_once_each)
         except ValueError as error:
-            raise TargetError(f"--init_args is not JSON: {error}") from error
+            raise TargetError(f"--init_args is not a JSON object: {error}") from error
         if not isinstance(arguments, dict) or not inspect.isclass(target_object):
             raise TargetError('--init_args takes a class\'s arguments as an object, such as {"beta": 0.1}')
     if inspect.isclass(target_object) and issubclass(target_object, KINDS) and not inspect.isabstract(target_object):
