@@ -75,11 +75,20 @@ def family(
 
 
 def family_table(checked: Iterable[tuple[str, dict[Definition, Report]]]) -> Iterator[str]:
-    """Lines of a Markdown table from ``family()``, losses by definitions, as in docs/reference/verdicts.md."""
-    yield f"| loss | {' | '.join(TITLES.values())} |"
-    yield f"|{'---|' * (1 + len(TITLES))}"
+    """Lines of a Markdown table from ``family()``, as in docs/reference/verdicts.md: losses by definitions, and what
+    Q depends on beside x.
+    """
+    yield f"| loss | {' | '.join(TITLES.values())} | remark on Q(·\\|x) |"
+    yield f"|{'---|' * (2 + len(TITLES))}"
     for name, by_definition in checked:
-        yield f"| {name} | {' | '.join(by_definition[definition].shown_verdict for definition in TITLES)} |"
+        verdicts = " | ".join(by_definition[definition].shown_verdict for definition in TITLES)
+        yield f"| {name} | {verdicts} | {_remark(by_definition['icml'])} |"
+
+
+def _remark(report: Report) -> str:
+    """The remark on the reference point of a sound loss, for a cell of a Markdown table."""
+    [remark] = [c.reason for c in report.clauses if c.clause == "reference_in_range" and c.status == "passed"] or [None]
+    return (remark or "").replace("|", "\\|")
 
 
 def _write(table: list[str], path: Path) -> None:

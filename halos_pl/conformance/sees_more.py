@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from halos_pl.conformance.halo_case import HaloCase
 from halos_pl.conformance.steps import Step, fitted_to
 
-_OTHER_PROMPTS = "Q(.|x) averages rewards of other prompts as well"
+_OTHER_PROMPTS = "Q(.|x) uses rewards of other prompts as well"
 _COMPLETION = "Q(.|x) depends on y as well: rows of one prompt that carry a loss have different z0"
+_PAIR = "Q(.|x) depends on the pair where a prompt has several"
 _OTHER_STEPS = "z0 averages rewards of earlier steps, which are those of earlier policies"
 
 
@@ -36,12 +39,16 @@ def _sees_more(case: HaloCase) -> str | None:
     same_prompt = labels.group[counts][:, None] == labels.group[None]
     values = z0.estimate(rewards, rows)[counts]
     apart = (values[:, None] != values[None]) & (labels.group[counts][:, None] == labels.group[counts][None])
+    one_prompt = replace(rows, labels=replace(labels, group=torch.zeros_like(labels.group)))
+    among_all = z0.estimate(rewards, one_prompt)[counts]
+    of_one_prompt = bool((among_all[:, None] != among_all[None]).any())
+    by_completion = bool(apart.any()) or (of_one_prompt and not case.needs.pairs)
     used = z0.fresh()
     z0.estimate(rewards + 5, rows, used)
     remembers = bool((z0.estimate(rewards, rows, used)[counts] != values).any())
     return joined(
         _OTHER_PROMPTS if bool((reads & ~same_prompt).any()) else None,
-        _COMPLETION if bool(apart.any()) else None,
+        _COMPLETION if by_completion else _PAIR if of_one_prompt else None,
         _OTHER_STEPS if remembers else None,
     )
 
