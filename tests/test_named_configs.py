@@ -13,6 +13,7 @@ from halos_pl.cli.configs import config_files, expanded
 from halos_pl.cli.errors import RunError
 from halos_pl.cli.lightning_cli import HalosCLI
 from halos_pl.cli.main import main
+from halos_pl.common.config_keys import KEYS
 from halos_pl.common.experiments import BASE, EXPERIMENTS, PresetError, objectives, presets
 from halos_pl.common.yaml_files import YAMLFileError
 from halos_pl.objective.build import NOT_OF_THE_OBJECTIVE, build_objective, load_objective
@@ -117,7 +118,8 @@ def test_a_run_of_a_name_and_of_the_config_that_it_leaves(here: Path, tiny_folde
     main([*words, "--objective=kto", "--trainer.max_steps=1"])
     assert float(metrics(here / "run")[0]["loss"]) == 0.5
     saved = yaml.safe_load((here / "run" / "config.yaml").read_text())
-    assert not {"objective", "no_base"} & saved.keys()
+    assert saved.keys() == {*KEYS}
+    assert load_objective("run/config.yaml").needs == load_objective("kto").needs
     assert names(["test", "--config=run/config.yaml"]) == ["run/config.yaml"]
     assert "no effect" in refused(capfd, ["test", "--objective=dpo", "--config=run/config.yaml"])
 
@@ -135,8 +137,35 @@ def test_a_config_cannot_hold_options_of_the_command_line(here: Path, key: str) 
         expanded(["fit", "--config=own.yaml"])
 
 
-def test_an_objective_file_with_an_unknown_setting_is_refused(here: Path) -> None:
+def test_the_keys_of_an_objective_file_are_those_of_a_fit(here: Path) -> None:
     assert {*NOT_OF_THE_OBJECTIVE} == {*signature(HALOModule).parameters} - {*signature(build_objective).parameters}
-    (here / "own.yaml").write_text("model: {extra_term: [], extra_terms: [NLL]}\n")
-    with pytest.raises(ValueError, match="extra_term; did you mean extra_terms"):
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "said"),
+    [
+        ("model:", "model:\n  extra_term: []", 2, "extra_term; did you mean extra_terms"),
+        ("model:", "model:\n  3: x", 2, "no setting 3"),
+        ("model:", "model:\n  null: x", 2, "no setting null"),
+        ("model:", "modle: 3\nmodel:", 1, "modle; did you mean model"),
+        ("model:", "value_function: Identity\nmodel:", 1, "value_function belongs below model"),
+        ("model:", "data: 7\nmodel:", 1, "data is 7"),
+        ("model:", "model.value_function: Identity\nmodel:", 1, "dotted"),
+        ("model:", "model:\n  value_function.init_args.beta: 5.0", 2, "dotted"),
+        ("0.1", ".nan", None, r"model\.value_function\.init_args\.beta is nan"),
+        ("0.1", "null", None, r"model\.value_function\.init_args\.beta is null"),
+        ("0.1", "-0.1", None, "^own.yaml: model.value_function: Logistic: beta is -0.1"),
+        ("offset: 1.0", "offset: .inf", None, r"model\.loss_offset is inf"),
+        ("offset: 1.0", "offset: null", None, r"model\.loss_offset is null"),
+        ("desirable: 1.0", "desirable: .inf", None, r"model\.feedback\.init_args\.lambda_desirable is inf"),
+    ],
+)
+def test_an_objective_file_that_no_fit_would_take_as_written_is_refused(
+    here: Path, old: str, new: str, line: int | None, said: str
+) -> None:
+    text = objectives()["kto"].read_text()
+    Path("own.yaml").write_text(text[text.index("model:") : text.index("data:")].replace(old, new, 1))
+    with pytest.raises(ValueError, match=said) as error:
         load_objective("own.yaml")
+    assert str(error.value).startswith(f"own.yaml:{line}: " if line else "own.yaml: ")
+    assert "\n" not in str(error.value)

@@ -133,7 +133,7 @@ def test_a_name_of_an_earlier_version_is_answered_by_the_new_one(option: str, ne
 def test_an_objective_file_of_an_earlier_version_is_refused(here: Path) -> None:
     text = (Path(config("objectives/kto").partition("=")[2])).read_text()
     (here / "old.yaml").write_text(text.replace("reflect_undesirable: true", "undesirable: reflect"))
-    with pytest.raises(ValueError, match=r"old\.yaml: model\.undesirable is now model\.reflect_undesirable: .*true"):
+    with pytest.raises(ValueError, match=r"old\.yaml:7: model\.undesirable is now model\.reflect_undesirable: .*true"):
         load_objective(here / "old.yaml")
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import is_dataclass
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
@@ -20,7 +17,8 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from halos_pl.cli.errors import RunError
-from halos_pl.common.type_words import imported, near, shown
+from halos_pl.common.refused_settings import settings_of
+from halos_pl.common.type_words import near, shown
 from halos_pl.common.wrong_value import misfit
 from halos_pl.training.checks import refused_strategy
 from halos_pl.training.log_config import missing_package
@@ -174,63 +172,3 @@ def refused_trainer(error: Exception, config: Any) -> str:
         parts.append(f"trainer.{name} is {shown(settings[name])}{guess}")
     has = f"; this machine has: {here}" if {"accelerator", "devices"} & {*blamed} else ""
     return f"{' and '.join(parts) or 'trainer'}: {reason.rstrip('.!')}{has}"
-
-
-def check_nulls(kind: Any, settings: Mapping[str, Any], where: str) -> None:
-    """Refuses null for settings that cannot be null; the parser accepts it, and the class would fail later.
-
-    Args:
-        kind: the class.
-        settings: parsed settings of the class; those of nested classes are checked too.
-        where: key of the settings.
-
-    Raises:
-        RunError: names the key.
-    """
-    try:
-        hints = get_type_hints(kind.__init__)
-        parameters = inspect.signature(kind).parameters
-    except (AttributeError, NameError, TypeError, ValueError):  # it does not declare its settings
-        return
-    for name, value in settings.items():
-        for part in value if isinstance(value, list) else [value]:
-            if isinstance(part, Mapping | Namespace) and isinstance(part.get("class_path"), str):
-                check_nulls(
-                    imported(part["class_path"]), settings_of(part.get("init_args")), f"{where}.{name}.init_args"
-                )
-        hint = hints.get(name, Any)
-        group = next((each for each in (hint, *get_args(hint)) if is_dataclass(each)), None)
-        if group is not None and isinstance(value, Mapping | Namespace) and "class_path" not in value:
-            check_nulls(group, settings_of(value), f"{where}.{name}")
-        optional = hint is Any or isinstance(hint, TypeVar) or type(None) in get_args(hint)
-        if value is None and not optional and name in parameters and parameters[name].default is not None:
-            raise RunError(f"{where}.{name} is null; set it to a value, or leave it out")
-
-
-def check_numbers(setting: Any, where: str) -> None:
-    """Refuses numbers that are not finite: the loss would be NaN, and its rows would be blamed.
-
-    Args:
-        setting: parsed value, or nested settings.
-        where: key of the setting.
-
-    Raises:
-        RunError: names the key.
-    """
-    if isinstance(setting, float) and not math.isfinite(setting):
-        raise RunError(f"{where} is {setting}; it must be finite")
-    if isinstance(setting, list | tuple):
-        for i, each in enumerate(setting):
-            check_numbers(each, f"{where}[{i}]")
-    if isinstance(setting, Mapping | Namespace):
-        bounds = str(setting.get("class_path")).endswith(".Clipped")  # its bounds may be infinite
-        for name, value in settings_of(setting).items():
-            if not bounds or name != "init_args":
-                check_numbers(value, f"{where}.{name}")
-            elif (inner := settings_of(value).get("value_function")) is not None:
-                check_numbers(inner, f"{where}.{name}.value_function")
-
-
-def settings_of(parsed: Any) -> Mapping[str, Any]:
-    """Parsed settings as a mapping."""
-    return vars(parsed) if isinstance(parsed, Namespace) else parsed or {}

@@ -6,7 +6,6 @@ options, wherever they are on the command line.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from halos_pl.cli.errors import RunError
 from halos_pl.cli.help_page import TRAINER_COMMANDS
+from halos_pl.common.config_keys import GROUPS, check_groups
 from halos_pl.common.experiments import BASE, config_file, is_shipped, objectives, presets
 from halos_pl.common.misplaced import read_config
 from halos_pl.common.own_plugins import import_own
@@ -25,8 +25,6 @@ from halos_pl.objective.build import PARTS
 from halos_pl.policy.reference import ReferenceModel
 from halos_pl.run_dir import CONFIG, LAST
 
-#: Keys of a config whose values are mappings.
-GROUPS = ("data", "model", "checkpoint", "progress", "trainer")
 #: Options that only the command line has. The parser ignores the first in a file.
 OPTIONS = ("config", "objective", "no_base", "print_config")
 #: Kinds of plug-ins that are found in the working folder by their bare names.
@@ -108,10 +106,7 @@ def check_files(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
                     raise YAMLFileError(
                         f"{path}:{lines[(key,)]}: {key} is an option of the command line, not of a config; use --{key}"
                     )
-            for key in GROUPS:
-                if not isinstance(contents[path].get(key, {}), (dict, str)):
-                    value = json.dumps(contents[path][key], default=str)
-                    raise YAMLFileError(f"{path}:{lines[(key,)]}: {key} is {value}; it takes a mapping")
+            check_groups(path, contents[path], lines)
     return contents
 
 

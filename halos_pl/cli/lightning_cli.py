@@ -20,11 +20,8 @@ from halos_pl.cli.checked_settings import (
     check_length,
     check_loggers,
     check_mixed_float16,
-    check_nulls,
-    check_numbers,
     check_settings,
     refused_trainer,
-    settings_of,
 )
 from halos_pl.cli.class_names import prefer_torch
 from halos_pl.cli.configs import config_files, expanded, refuse_moved
@@ -34,7 +31,7 @@ from halos_pl.cli.help_page import COMMANDS, EPILOG
 from halos_pl.cli.parser import HalosParser
 from halos_pl.cli.refused_callbacks import refused_callback
 from halos_pl.cli.swapped_class import LateDefaults, say_swaps
-from halos_pl.common.refused_settings import naming_keys
+from halos_pl.common.refused_settings import check_nulls, check_numbers, naming_keys, settings_of
 from halos_pl.data import FeedbackDataModule
 from halos_pl.run_dir import CONFIG, LAST, PREVIOUS
 from halos_pl.training.callbacks import (

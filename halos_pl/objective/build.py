@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -13,13 +14,15 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 import halos_pl.objective
+from halos_pl.common.config_keys import KEYS, check_groups
 from halos_pl.common.experiments import config_file, is_shipped, objectives
 from halos_pl.common.messages import cause
 from halos_pl.common.own_plugins import import_all, import_own
 from halos_pl.common.parser_errors import cause_in
+from halos_pl.common.refused_settings import check_nulls, check_numbers, naming_keys, settings_of
 from halos_pl.common.renamed import new_value, renamed
-from halos_pl.common.type_words import near
-from halos_pl.common.yaml_files import read_yaml
+from halos_pl.common.type_words import near, shown
+from halos_pl.common.yaml_files import Lines, read_yaml
 from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import HALO, Objective, Sum
 from halos_pl.objective.reference_points import ReferencePoint
@@ -136,7 +139,7 @@ def _parser() -> ArgumentParser:
 def load_objective(path: str | Path) -> Objective:
     """The objective in a YAML file. Loads neither a model nor data.
 
-    Policy, reference model and optimizer in its ``model`` section are ignored.
+    Policy, reference model and optimizer in its ``model`` section, and the values in other sections, are ignored.
 
     Args:
         path: path of the file, or name of a shipped objective such as ``kto``.
@@ -147,26 +150,62 @@ def load_objective(path: str | Path) -> Objective:
     """
     if Path(path).suffix not in (".yaml", ".yml"):
         path = config_file(str(path), objectives(), "objective")
-    content, _ = read_yaml(path)
-    model = content.get("model")
-    if not isinstance(model, dict):
+    content, lines = read_yaml(path)
+    check_groups(path, content, lines)
+    if not isinstance(content.get("model"), dict):
         raise ValueError(f"{path} is not an objective file: it has no model section that names plug-ins")
+    _check_keys(path, content, lines)
     names = inspect.signature(build_objective).parameters
-    parts: dict[str, Any] = {name: value for name, value in model.items() if name in names}
-    for key, value in model.items():
-        if new := renamed(key, (*names, *NOT_OF_THE_OBJECTIVE)):
-            raise ValueError(f"{path}: model.{key} is now model.{new}{_was(new, value)}")
-        if key.partition(".")[0] not in (*names, *NOT_OF_THE_OBJECTIVE):
-            guess = near(key, (*names, *NOT_OF_THE_OBJECTIVE))
-            raise ValueError(f"{path}: model has no setting {key}{f'; did you mean {guess}?' if guess else ''}")
+    parts: dict[str, Any] = {name: value for name, value in content["model"].items() if name in names}
     try:
         if not is_shipped(path):
             import_own(parts, PARTS.values())
-        return build_objective(**_parser().instantiate(_parser().parse_object(parts)))
+        config = _parser().parse_object(parts)
+        check_nulls(build_objective, settings_of(config), "model")
+        check_numbers(config, "model")
+        with naming_keys({"model": config}, (ValueError, TypeError)):
+            return build_objective(**_parser().instantiate(config))
     except ArgumentError as error:
         raise ValueError(f"{path}: {cause_in(error) or cause(str(error))}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_keys(path: str | Path, content: dict[str, Any], lines: Lines) -> None:
+    """Refuses keys that no command takes, and dotted keys of the objective, whose effect depends on their place.
+
+    Raises:
+        ValueError: names file, line and key.
+    """
+    names = inspect.signature(build_objective).parameters
+    known = (*names, *NOT_OF_THE_OBJECTIVE)
+    places: list[tuple[str, ...]] = [(_written(key),) for key in content]
+    places += [("model", _written(key)) for key in content["model"]]
+    for place in places:
+        written = ".".join(place)
+        section, _, setting = written.partition(".")
+        name, dot, _ = setting.partition(".")
+        file = f"{path}:{lines[place]}" if place in lines else path
+        if section not in KEYS:
+            where = f"; {section} belongs below model" if section in known else _meant(section, KEYS)
+            raise ValueError(f"{file}: a config has no key {written}{where}")
+        if section != "model" or not setting:
+            continue
+        if new := renamed(setting, known):
+            raise ValueError(f"{file}: {written} is now model.{new}{_was(new, content['model'].get(setting))}")
+        if name not in known:
+            raise ValueError(f"{file}: model has no setting {setting}{_meant(setting, known)}")
+        if name in names and (dot or len(place) == 1):
+            raise ValueError(f"{file}: {place[-1]} is a dotted key; nest it, with a line for each of its names")
+
+
+def _written(key: Any) -> str:
+    """A key as in the file: not only texts can be one."""
+    return key if isinstance(key, str) else shown(key)
+
+
+def _meant(key: str, names: Iterable[str]) -> str:
+    return f"; did you mean {guess}?" if (guess := near(key, names)) else ""
 
 
 def _was(name: str, value: object) -> str:
