@@ -282,16 +282,23 @@ class HaloCase(PartCase):
         return self.loss(judging, rows), self.expectation(same, parts)
 
     def slopes(
-        self, rows: LogProbBatch, copies: tuple[HALO, HALO] | None = None
+        self, rows: LogProbBatch, copies: tuple[HALO, HALO] | None = None, *, cotangent: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Expectation]:
         """Loss and its gradient, of the objective and by the definition, from two copies or fresh ones.
 
-        Gradients are with respect to log-probs, [n, T], and, if the objective needs them, scalars, [n, T + 1].
+        Gradients are with respect to log-probs, [n, T], and, if the objective needs them, scalars, [n, T + 1]. That of
+        the objective is computed from ``cotangent`` * loss.
         """
         (one, batch), (other, same) = (with_leaf(rows, self.needs) for _ in range(2))
         loss, expectation = self.losses(batch, same, copies or (self.fresh(), self.fresh()))
         right = expectation.loss
-        return loss.detach().double(), gradient_of(loss, one), right.detach(), gradient_of(right, other), expectation
+        return (
+            loss.detach().double(),
+            gradient_of(loss, one, cotangent),
+            right.detach(),
+            gradient_of(right, other),
+            expectation,
+        )
 
     def counts(self, rows: LogProbBatch) -> bool:
         """Whether any row of the step carries weight, so that the denominator is not 0."""

@@ -71,10 +71,10 @@ def sum_of_terms(objective: Sum, examples: int) -> str | None:
 
     def fault(step: Step) -> str | None:
         both = []
-        for parts in ([duplicate(objective)], [duplicate(term) for term in objective.terms]):
+        for parts, by in (([duplicate(objective)], step.cotangent), ([duplicate(term) for term in objective.terms], 1)):
             leaf, batch = with_leaf(asked(step.rows(), objective.needs), objective.needs)
             loss = torch.stack([part(batch).loss for part in parts]).sum()
-            both.append((loss.detach().double(), gradient_of(loss, leaf)))
+            both.append((loss.detach().double(), gradient_of(loss, leaf, by)))
         (loss, slope), (right, right_slope) = both
         if not bool((loss - right).abs() <= RELATIVE * right.abs() + 1e-9):
             return "loss {}, the losses of its terms sum to {}".format(*pair(float(loss), float(right)))
@@ -109,10 +109,13 @@ def identity(case: HaloCase) -> str | None:
         rows = case.rows(step)
         if not case.counts(rows):
             return None
-        loss, gradient, right, slope, expectation = case.slopes(rows)
-        witness = _wrong_slope(rows, case, gradient, slope)
-        if witness or step.huge:
-            return witness
+        loss, gradient, right, slope, expectation = case.slopes(rows, cotangent=step.cotangent)
+        if witness := _wrong_slope(rows, case, gradient, slope):
+            _, gradient, _, slope, _ = case.slopes(rows)
+            scaled = _wrong_slope(rows, case, gradient, slope) is None
+            return f"{witness}, if the loss is multiplied by {step.cotangent:g}" if scaled else witness
+        if step.huge:
+            return None
         with torch.no_grad():
             at_once = float(case.fresh()(rows).loss)
         if not abs(at_once - float(loss)) <= RELATIVE * expectation.size + 1e-9:
@@ -127,7 +130,7 @@ def identity(case: HaloCase) -> str | None:
                 return f"{_scores(rows, case)} times {factor}: the loss changes by {a}, sum w a v by {b}"
         # As in training, in float32.
         single = case.rows(step, torch.float32)
-        _, gradient, _, slope, _ = case.slopes(single)
+        _, gradient, _, slope, _ = case.slopes(single, cotangent=step.cotangent)
         if witness := _wrong_slope(single, case, gradient, slope):
             return f"{witness}, in float32"
         # One copy on further steps, and in evaluation; next to one whose parts are called as often.
@@ -137,7 +140,7 @@ def identity(case: HaloCase) -> str | None:
             if case.counts(later):
                 for copy in copies:
                     copy.train(call < 3)
-                _, gradient, _, slope, _ = case.slopes(later, copies)
+                _, gradient, _, slope, _ = case.slopes(later, copies, cotangent=step.cotangent)
                 witness = _wrong_slope(later, case, gradient, slope)
                 if witness:
                     return f"{witness}, on call {call}{'' if call < 3 else ' in evaluation'}"
@@ -186,7 +189,7 @@ def one_value_function(case: HaloCase) -> str | None:
         rows = case.rows(step)
         if not case.counts(rows):
             return None
-        _, gradient, _, slope, expectation = case.slopes(rows)
+        _, gradient, _, slope, expectation = case.slopes(rows, cotangent=step.cotangent)
         train = rows.labels.train.nonzero().squeeze(1)
         gradient, slope = gradient[train], slope[train]
         most = RELATIVE * max(float(slope.abs().max()), float(gradient.abs().max())) + 1e-12

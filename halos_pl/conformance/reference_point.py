@@ -281,7 +281,7 @@ def _other_slope(case: ReferencePointCase, step: Step) -> str | None:
         ways = [torch.rand(leaf.shape, generator=draw, dtype=torch.float64) for leaf in (rewards, policy)]
         h = 1e-7 * (1 + float(rewards.detach().abs().max()))
         for k, (what, leaf) in enumerate((("rewards", rewards), ("policy's log-probs", policy))):
-            slope = float((gradient_of((weights * z0).sum(), leaf).double() * ways[k]).sum())
+            slope = float((gradient_of((weights * z0).sum(), leaf, step.cotangent).double() * ways[k]).sum())
             right = _rise(case, rows, rewards.detach(), weights, [ways[0], None] if k == 0 else [None, ways[1]], h)
             if not abs(slope - right) <= 1e-3 * float(weights.sum() + abs(right)):
                 a, b = pair(slope, right)

@@ -158,14 +158,16 @@ def reward_linear(case: RewardCase) -> str | None:
             r = reward(replace(rows, policy_logps=leaf, kl=kl))
             tokens = r.dim() == 2
             per_row = torch.where(rows.mask, r, 0.0).sum(dim=1) if tokens else r
-            # The slopes of two differently weighted sums are proportional to the weights, unless rows mix.
-            weights = torch.rand(2, n, generator=torch.Generator().manual_seed(step.seed), dtype=leaf.dtype) + 0.5
+            # The slopes of two differently weighted sums are proportional to the weights, unless rows mix. Those of
+            # training differ by magnitudes, with the size of the step and the slope of the value function.
+            weights = torch.rand(2, n, generator=torch.Generator().manual_seed(step.seed), dtype=leaf.dtype)
+            weights = torch.stack([weights[0] + 0.5, 10 ** (12 * weights[1] - 8)])
             slopes = [_slope((w * per_row).sum(), leaf) / w[:, None] for w in weights]
             values.append(per_row.detach())
             size = slopes[0].abs().max()
             if bool(((slopes[0] - slopes[1]).abs() * rows.mask > 1e-6 * size + 1e-12).any()):
                 off = (slopes[0] - slopes[1]).abs() * rows.mask
-                return _mixed(per_row, leaf, int(off.max(dim=1).values.argmax()))
+                return _mixed(per_row, leaf, weights, int(off.max(dim=1).values.argmax()))
             slope = slopes[0]
             scale = torch.where(rows.mask, slope, 0.0).sum(dim=1) / rows.mask.sum(dim=1)
             uneven = (slope - scale[:, None]).abs() * rows.mask > 1e-6 * scale.abs()[:, None] + 1e-12
@@ -331,11 +333,19 @@ def _slope(total: Tensor, leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if slope is None else slope
 
 
-def _mixed(per_row: Tensor, leaf: Tensor, row: int) -> str:
-    """Which other row's reward depends on ``row``, in words; looks at the first rows only."""
+def _mixed(per_row: Tensor, leaf: Tensor, weights: Tensor, row: int) -> str:
+    """Which other row's reward depends on ``row``, in words; looks at the first rows only.
+
+    If none does, which ``weights`` [2, n] of the row do not scale its slope.
+    """
     sizes = [float(_slope(r, leaf)[row].abs().max()) if i != row else -1.0 for i, r in enumerate(per_row[:20])]
     i = max(range(len(sizes)), key=sizes.__getitem__)
-    return f"the reward of row {i + 1} changes by {sizes[i]:.6g} per nat of row {row + 1}"
+    if sizes[i] > 0:
+        return f"the reward of row {i + 1} changes by {sizes[i]:.6g} per nat of row {row + 1}"
+    slopes = [float((_slope(w * per_row[row], leaf)[row] / w).abs().max()) for w in weights[:, row]]
+    times = [f"{float(w):.3g}" for w in weights[:, row]]
+    a, b = pair(*slopes)
+    return f"slope {a} of the reward in a log-prob if its gradient is multiplied by {times[0]}, {b} if by {times[1]}"
 
 
 CLAUSES: tuple[Law, ...] = (reward_shape, reward_zero_at_reference, reward_linear, reward_of_its_row, reward_padding)

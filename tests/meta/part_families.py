@@ -49,6 +49,19 @@ class Late(Formula):
         return self.formula(rows) if self.calls >= self.call else ratio(rows)
 
 
+def spoils_gradients(rng: Random) -> Callable[[Tensor], Tensor]:
+    """Drops small gradients or clips large ones, and leaves values alone."""
+    least, most = rng.choice([(1e-7, math.inf), (1e-4, math.inf), (1e-2, math.inf), (0.0, 2.0), (0.0, 100.0)])
+
+    def spoiled(x: Tensor) -> Tensor:
+        x = 1 * x
+        if x.requires_grad:
+            x.register_hook(lambda g: torch.where(g.abs() < least, 0.0, g.clamp(-most, most)))
+        return x
+
+    return spoiled
+
+
 class ScaledReward(Formula):
     """The log-ratio times a function of a learnable number."""
 
@@ -110,6 +123,11 @@ def halved_slope(rows: LogProbBatch) -> Tensor:
 REWARDS = [
     Mutant("sees a column", ("reward_of_its_row",), sees_column),
     Mutant("a length shared with the pair", ("reward_of_its_row",), shared_length),
+    Mutant(
+        "spoils gradients of some sizes",
+        ("reward_linear",),
+        lambda rng: Formula(lambda rows, spoil=spoils_gradients(rng): spoil(ratio(rows))),
+    ),
     Mutant(
         "rounds in float32",
         ("reward_shape",),
@@ -257,10 +275,9 @@ def with_spread(share: float) -> Callable[[Tensor, LogProbBatch], Tensor]:
     return formula
 
 
-def share_of_gradient(share: float) -> EstimatedBy:
+def of_pair(spoil: Callable[[Tensor], Tensor]) -> EstimatedBy:
     def formula(rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        r = torch.where(rows.labels.pair < 0, 0.0, rewards[rows.labels.pair])
-        return share * r + (1 - share) * r.detach()
+        return spoil(torch.where(rows.labels.pair < 0, 0.0, rewards[rows.labels.pair]))
 
     return EstimatedBy(formula, scope="row", needs=Needs(pairs=True))
 
@@ -317,9 +334,10 @@ REFERENCES = [
     Mutant(
         "a share of the gradient",
         ("reference_detached",),
-        lambda rng: share_of_gradient(rng.choice([0.0, 0.5, 0.9, 1.5])),
+        lambda rng: of_pair(lambda r, share=rng.choice([0.0, 0.5, 0.9, 1.5]): share * r + (1 - share) * r.detach()),
     ),
     Mutant("a learnable margin", IN_RANGE, lambda rng: LearnableMargin(), kind=STATE),
+    Mutant("spoils gradients of some sizes", ("reference_detached",), lambda rng: of_pair(spoils_gradients(rng))),
 ]
 
 
@@ -449,6 +467,22 @@ class Rounds(HALO):
         return super().compute_loss(rows, context)
 
 
+class SpoilsGradients(HALO):
+    """The loss with another gradient if it is multiplied by some numbers."""
+
+    spoil: Callable[[Tensor], Tensor]
+
+    def compute_loss(self, rows: LogProbBatch, context: Any) -> Result:
+        result = super().compute_loss(rows, context)
+        return dataclasses.replace(result, loss=self.spoil(result.loss))
+
+
+def spoils_gradients_of_loss(rng: Random) -> HALO:
+    objective = kto(SpoilsGradients)
+    objective.spoil = spoils_gradients(rng)
+    return objective
+
+
 class PenaltyFrom(HALO):
     """A further term from the given step on."""
 
@@ -482,6 +516,12 @@ OBJECTIVES = [
     Mutant("rounds in float32", ("identity",), lambda rng: kto(Rounds), kind=VALUES),
     Mutant("a term after many steps", ("identity",), penalty_from, kind=STATE),
     Mutant("a KL of the completion next to a reward of the token", ("reference_in_range",), token_kl, kind=EXCUSES),
+    Mutant("spoils gradients of some sizes", ("identity",), spoils_gradients_of_loss),
+    Mutant(
+        "a reward that spoils gradients of some sizes",
+        ("identity",),
+        lambda rng: kto(reward=Formula(lambda rows, spoil=spoils_gradients(rng): spoil(ratio(rows)))),
+    ),
 ]
 
 MUTANTS = [*REWARDS, *REFERENCES, *FEEDBACKS, *OBJECTIVES]
