@@ -71,10 +71,9 @@ class FeedbackCase(PartCase):
         """The witness of the smallest faulty step, else None."""
         return smallest(fault, self.needs, mismatched=True, examples=examples or self.examples)
 
-    @property
-    def small(self) -> LogProbBatch:
+    def drawn(self, number: int) -> LogProbBatch:
         """Rows of a small step."""
-        return self.rows(fitted_to(Step(units=3, mismatched=1, tokens=2, seed=1), self.needs, True))
+        return self.rows(fitted_to(Step(units=2 + number, mismatched=1, tokens=2, seed=number), self.needs, True))
 
     def called(self, part: nn.Module, rows: LogProbBatch) -> Tensor:
         """Signs, weights and denominator in one tensor [2n + 1]."""

@@ -113,10 +113,9 @@ class HaloCase(PartCase):
 
     steps = CALLS // 2  # each calls prepare and compute_loss
 
-    @property
-    def small(self) -> LogProbBatch:
+    def drawn(self, number: int) -> LogProbBatch:
         """Rows of a small step, in float32."""
-        return self.rows(fitted_to(Step(units=3, tokens=2, seed=1), self.needs, None), torch.float32)
+        return self.rows(fitted_to(Step(units=2 + number, tokens=2, seed=number), self.needs, None), torch.float32)
 
     def called(self, part: nn.Module, rows: LogProbBatch) -> Tensor:
         """The loss of a step, as training computes it; scalar."""

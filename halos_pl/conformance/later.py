@@ -36,7 +36,7 @@ def state_of(part: object) -> object:
 class PartCase(Case):
     """One part of a loss under check, now and later in training.
 
-    A kind of part defines ``called``, ``small`` and ``of``.
+    A kind of part defines ``called``, ``drawn`` and ``of``.
 
     Attributes:
         target: the part.
@@ -54,10 +54,14 @@ class PartCase(Case):
         """The same case of another part of the kind."""
         raise NotImplementedError
 
+    def drawn(self, number: int) -> LogProbBatch:
+        """Rows of a small step; the larger its number, the more."""
+        raise NotImplementedError
+
     @property
     def small(self) -> LogProbBatch:
         """Rows of a small step."""
-        raise NotImplementedError
+        return self.drawn(1)
 
     def repeated(self, rows: LogProbBatch) -> Callable[[Any], Tensor]:
         """``called`` for the same rows, many times."""
@@ -105,25 +109,31 @@ class PartCase(Case):
 
     def changes(self) -> str | None:
         """Where the part returns something else after many calls, in another state of training, or as a copy."""
-        rows = self.small
-        first = self.called(duplicate(self.target), rows).detach()
-        for when, result, slack in self._elsewhere(rows):
+        for when, first, result, slack in self._elsewhere():
             if result.shape != first.shape or not bool(
                 ((result.double() - first.double()).abs() <= slack * (1e-9 + first.double().abs().max())).all()
             ):
                 return f"{_off(first, result)} {when}"
         return self.worn[0]
 
-    def _elsewhere(self, rows: LogProbBatch) -> Iterator[tuple[str, Tensor, float]]:
-        """What the part returns in another state, the state in words, and the relative difference that it may cause."""
+    def _elsewhere(self) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+        """States in words, what the part returns, and returns in each, and the relative difference that is allowed."""
+        rows, other = self.small, self.drawn(2)
+        first = self.called(duplicate(self.target), rows).detach()
         for state in STATES:
             part = duplicate(self.target)
             self.called(part, rows)  # a running mean has a value in evaluation only after a step
             with state.entered(part):
                 result = self.called(part, rows).detach().clone()
-            yield state.name, result, _ROUNDED if state.rounds else max(1e-5, state.constants)
-        for words, part in copies(self.target):
-            yield words, self.called(part, rows).detach(), 1e-5
+            yield state.name, first, result, _ROUNDED if state.rounds else max(1e-5, state.constants)
+        used = duplicate(self.target)
+        for step in (rows, other):
+            self.called(used, step)
+        validated = duplicate(used).eval()
+        self.called(validated, other)
+        again = self.called(duplicate(used), rows).detach()
+        for words, part in (("after a validation", validated.train()), *copies(used, self.target)):
+            yield f"{words}, after two other calls", again, self.called(part, rows).detach(), 1e-5
 
     def device(self) -> str | None:
         """What of the part would stay behind on another device, in words; else None."""

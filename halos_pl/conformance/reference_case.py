@@ -67,21 +67,19 @@ class ReferencePointCase(PartCase):
         """A copy in training mode that has not been called."""
         return duplicate(self.target)
 
-    @property
-    def small(self) -> LogProbBatch:
+    def drawn(self, number: int) -> LogProbBatch:
         """Rows of a small step, in float32."""
-        step = Step(units=3, tokens=3, seed=1, grouped=self.needs.groups)
+        step = Step(units=2 + number, tokens=3, seed=number, grouped=self.needs.groups)
         return self.shown(self.rows(fitted_to(step, self.needs, None), torch.float32))
 
     def called(self, part: nn.Module, rows: LogProbBatch) -> Tensor:
-        """z0 of each row, [n]; rewards of 1 to 2 nats."""
-        rewards = torch.linspace(1, 2, len(rows), dtype=rows.policy_logps.dtype, device=rows.policy_logps.device)
-        value: Tensor = part(rewards, rows).value
+        """z0 of each row, [n], for as many rewards: 1, 1.3, 1.6, ... nats, so that steps of other sizes differ."""
+        value: Tensor = part(_rising(rows), rows).value
         return value.expand(len(rows))
 
     def repeated(self, rows: LogProbBatch) -> Callable[[Any], Tensor]:
         """z0 for the same rewards and rows, which are made once."""
-        rewards = torch.linspace(1, 2, len(rows), dtype=rows.policy_logps.dtype)
+        rewards = _rising(rows)
         return lambda part: part(rewards, rows).value
 
     def with_history(self, law: Law) -> bool:
@@ -216,6 +214,10 @@ class ReferencePointCase(PartCase):
         size = -(-len(units) // most)
         runs = [units[first : first + size] for first in range(0, len(units), size)]
         return [torch.tensor([i for unit in run for i in unit]) for run in runs]
+
+
+def _rising(rows: LogProbBatch) -> Tensor:
+    return 1 + 0.3 * torch.arange(len(rows)).to(rows.policy_logps)
 
 
 def first_difference(one: Tensor, other: Tensor, rewards: Tensor, rows: LogProbBatch) -> tuple[str, str] | None:

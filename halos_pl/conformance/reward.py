@@ -51,10 +51,9 @@ class RewardCase(PartCase):
         """A copy that has not been called."""
         return duplicate(self.target)
 
-    @property
-    def small(self) -> LogProbBatch:
+    def drawn(self, number: int) -> LogProbBatch:
         """Rows of a small step, in float32."""
-        return self.rows(fitted_to(Step(units=2, tokens=3, seed=1), self.needs, None), torch.float32)
+        return self.rows(fitted_to(Step(units=1 + number, tokens=3, seed=number), self.needs, None), torch.float32)
 
     def called(self, part: nn.Module, rows: LogProbBatch) -> Tensor:
         """Rewards [n], those of tokens summed."""

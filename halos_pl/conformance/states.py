@@ -125,6 +125,17 @@ def _moved_clocks(seconds: float) -> dict[int, Any]:
     for name in ("localtime", "gmtime", "ctime"):
         original = getattr(time, name)
         moved[id(original)] = lambda at=None, original=original: original(now() + seconds if at is None else at)
+    local = time.localtime
+    for name in ("strftime", "asctime"):  # the time comes last, after a format
+        original, given = getattr(time, name), int(name == "strftime")
+        moved[id(original)] = lambda *args, original=original, given=given: original(
+            *args, *([local(now() + seconds)] if len(args) == given else [])
+        )
+    for name, unit in (("clock_gettime", 1), ("clock_gettime_ns", 10**9)):
+        if original := getattr(time, name, None):  # Unix has it
+            moved[id(original)] = lambda clock, original=original, unit=unit: (
+                original(clock) + type(unit)(seconds * unit)
+            )
     return moved
 
 
@@ -148,6 +159,7 @@ def _later(part: nn.Module, seconds: float) -> Iterator[None]:
 # Seconds by unit; odd multiples too, for what changes to and fro.
 _LATER = {
     "s": (1, (0.5, 1, 61, 301)),
+    "min": (60, (7, 30)),
     "h": (3600, (1, 3, 6, 12, 18)),
     "d": (86_400, (1, 2, 3, 4, 5, 6, 30, 91, 365, 3650)),
 }
@@ -170,10 +182,14 @@ STATES = (
 )
 
 
-def copies(part: T) -> Iterator[tuple[str, T]]:
-    """A deep copy, and a copy whose parameters and buffers have moved and that has loaded the state_dict of the part.
+def copies(part: T, new: T | None = None) -> Iterator[tuple[str, T]]:
+    """A deep copy, and one whose parameters and buffers have moved and that has loaded the state_dict of the part.
 
     Parts that hold what cannot be copied, such as a lock, have no deep copy.
+
+    Args:
+        part: the part; it stays as it is.
+        new: what a copy of loads the state_dict, such as the part before its first call; default: the part.
 
     Yields:
         words that complete "the value is ...", and the part in training mode.
@@ -184,7 +200,7 @@ def copies(part: T) -> Iterator[tuple[str, T]]:
         deep = None
     if deep is not None:
         yield "of a deep copy", deep
-    reloaded, saved = duplicate(part), duplicate(part).state_dict()
+    reloaded, saved = duplicate(part if new is None else new), duplicate(part).state_dict()
     with torch.no_grad():
         for tensor in reloaded.state_dict().values():
             if isinstance(tensor, Tensor) and tensor.is_floating_point():

@@ -74,6 +74,19 @@ class ScaledReward(Formula):
         return r * self.scale(self.raw).to(r)
 
 
+def clock(rng: Random) -> Callable[[], float]:
+    """Tells the time in seconds, by one of the ways there are."""
+    return rng.choice(
+        [
+            lambda: time.time(),
+            lambda: time.mktime(time.strptime(time.asctime())),
+            lambda: time.mktime(time.strptime(time.strftime("%d %H %M %Y"), "%d %H %M %Y")),
+            lambda: time.clock_gettime(time.CLOCK_REALTIME),
+            lambda: time.clock_gettime_ns(time.CLOCK_REALTIME) / 1e9,
+        ]
+    )
+
+
 def columns(rows: LogProbBatch) -> dict[str, Tensor]:
     """Conditions on a row that are not about (x, y)."""
     labels = rows.labels
@@ -186,8 +199,8 @@ REWARDS = [
         "another reward by the clock",
         ("reward_of_its_row",),
         lambda rng: Formula(
-            lambda rows, start=time.time(), hours=rng.randint(1, 20): (
-                ratio(rows) * (0.5 if time.time() > start + 3600 * hours else 1)
+            lambda rows, now=clock(rng), start=time.time(), hours=rng.randint(1, 20): (
+                ratio(rows) * (0.5 if now() > start + 3600 * hours else 1)
             )
         ),
         kind=STATE,
@@ -255,6 +268,28 @@ class Frozen(ReferencePoint):
         return Estimate(rewards.new_tensor(self.mean))
 
 
+class Average(ReferencePoint):
+    """The mean of the estimates of all steps; ``saved``: in its state dict, ``always``: in evaluation as well."""
+
+    needs = Needs(step_rewards=True)
+
+    def __init__(self, *, saved: bool = True, always: bool = False) -> None:
+        super().__init__()
+        self.saved, self.always, self.total, self.count = saved, always, 0.0, 0
+
+    def get_extra_state(self) -> tuple[float, int]:
+        return self.total, self.count
+
+    def set_extra_state(self, state: tuple[float, int]) -> None:
+        if self.saved:
+            self.total, self.count = state
+
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        if self.training or self.always:
+            self.total, self.count = self.total + float(mean(own(rewards, rows))), self.count + 1
+        return Estimate(rewards.new_tensor(self.total / max(self.count, 1)))
+
+
 def by_padding(rewards: Tensor, rows: LogProbBatch) -> Tensor:
     w = (1 - rows.mask.float().mean(1) + 1 / rows.mask.shape[1])[rows.labels.train].to(rewards)
     total = sum_over_ranks(torch.stack([(w * own(rewards, rows)).sum(), w.sum()]))
@@ -320,6 +355,8 @@ REFERENCES = [
         ("reference_finite",),
         lambda rng: SoftMaximum(rng.choice([12.0, 30.0, 100.0]), stable=False),
     ),
+    Mutant("forgets its history when training resumes", ("reference_split",), lambda rng: Average(saved=False)),
+    Mutant("a history that validation changes", ("reference_split",), lambda rng: Average(always=True)),
     Mutant("weights by padding", ("reference_split",), lambda rng: EstimatedBy(by_padding)),
     Mutant("weights by the prompt's number", ("reference_split",), lambda rng: EstimatedBy(by_prompt)),
     Mutant("two ranks only", ("reference_split",), lambda rng: EstimatedBy(first_ranks)),
@@ -405,8 +442,8 @@ FEEDBACKS = [
         "weights by the clock",
         ("feedback_deterministic",),
         lambda rng: Weighs(
-            lambda rows, k, start=time.time(), hours=rng.randint(1, 20): torch.full(
-                (len(rows),), 0.5 if time.time() > start + 3600 * hours else 1.0
+            lambda rows, k, now=clock(rng), start=time.time(), hours=rng.randint(1, 20): torch.full(
+                (len(rows),), 0.5 if now() > start + 3600 * hours else 1.0
             )
         ),
     ),
