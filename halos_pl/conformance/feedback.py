@@ -16,7 +16,7 @@ from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.later import PartCase
 from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, asked, fitted_to, padded, renumbered, shares, unscored
+from halos_pl.conformance.steps import Step, asked, fitted_to, padded, renumbered, rerouted, shares, unscored
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.objective.feedback import Feedback, Judgement
 
@@ -174,10 +174,12 @@ def feedback_independent_of_theta(case: FeedbackCase) -> str | None:
             if a.requires_grad:
                 return f"{labels(rows)}: the {name} has a gradient in the policy's log-probs"
             for number_, policy in enumerate(others[: 1 if step.huge else None]):
-                # The exact KL divergence and the scalars depend on the policy, too.
+                # The exact KL divergence, the scalars and the routing depend on the policy, too.
                 kl = None if rows.kl is None else rows.kl * number_
                 scalar = None if rows.scalar is None else rows.scalar * number_
-                b = getattr(case.judged(replace(rows, policy_logps=policy, kl=kl, scalar=scalar)), name)
+                routing = rerouted(rows, step.seed + 3 + number_)
+                other = replace(rows, policy_logps=policy, kl=kl, scalar=scalar, routing=routing)
+                b = getattr(case.judged(other), name)
                 if a.shape != b.shape or not bool(((a == b) | (a.isnan() & b.isnan())).all()):
                     return (
                         f"{labels(rows)}: {name} {listed(a)} with log-probs {listed(rows.policy_logps)},"

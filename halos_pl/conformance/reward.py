@@ -14,7 +14,7 @@ from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.later import PartCase
 from halos_pl.conformance.single_precision import off_in_single_precision
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, asked, fitted_to, kept_together, padded, renumbered
+from halos_pl.conformance.steps import Step, asked, fitted_to, kept_together, padded, renumbered, rerouted
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.objective.rewards import Reward
 
@@ -152,9 +152,9 @@ def reward_linear(case: RewardCase) -> str | None:
         reward = case.fresh()
         for policy in policies:
             leaf = policy.clone().requires_grad_()
-            # The exact KL divergence depends on the policy, too.
+            # The exact KL divergence and the routing depend on the policy, too.
             kl = None if rows.kl is None else rows.kl * (1 + len(values))
-            r = reward(replace(rows, policy_logps=leaf, kl=kl))
+            r = reward(replace(rows, policy_logps=leaf, kl=kl, routing=rerouted(rows, step.seed + 2 + len(values))))
             tokens = r.dim() == 2
             per_row = torch.where(rows.mask, r, 0.0).sum(dim=1) if tokens else r
             # The slopes of two differently weighted sums are proportional to the weights, unless rows mix. Those of
@@ -253,14 +253,17 @@ def reward_of_its_row(case: RewardCase) -> str | None:
 def _relabelled(rows: LogProbBatch, needs: Needs) -> Iterator[tuple[LogProbBatch, str]]:
     """The rows with other labels but the same tokens and log-probs, and the difference in words."""
     labels = rows.labels
+    same, unpaired = torch.zeros_like(labels.group), torch.full_like(labels.pair, -1)
     others: list[tuple[dict[str, Tensor], str]] = [
         ({"desirable": ~labels.desirable}, "with the other label"),
-        ({"score": 1000.0 - 3 * labels.score}, "with another score"),
-        ({"mismatched": torch.ones_like(labels.mismatched)}, "if it is mismatched"),
+        ({"score": 1000.0 - 3 * torch.arange(len(rows)).to(labels.score)}, "with another score"),
+        ({"score": same.to(labels.score)}, "if all scores are the same"),
+        ({"mismatched": torch.ones_like(labels.mismatched), "pair": unpaired}, "if it is mismatched"),
         ({"group": renumbered(rows).labels.group}, "whose prompt has another number"),
+        ({"group": same}, "if all rows answer the same prompt"),
     ]
     if not needs.pairs:
-        others.append(({"pair": torch.full_like(labels.pair, -1)}, "without its pair"))
+        others.append(({"pair": unpaired}, "without its pair"))
         others.append(({"mismatched": torch.zeros_like(labels.mismatched)}, "if it is not mismatched"))
     for columns, where in others:
         yield replace(rows, labels=replace(labels, **columns)), where

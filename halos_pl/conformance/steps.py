@@ -127,7 +127,7 @@ class Step:
                 desirable=desirable, pair=pair, mismatched=mismatched, group=prompt, score=self._scores(desirable)
             ),
             kl=log_probs().abs() / 10 * mismatched[:, None],
-            routing=self._routing(mask & ~mismatched[:, None], dtype),
+            routing=routing_of(mask & ~mismatched[:, None], dtype, self.seed + 2),
             scalar=self._scalars(n, dtype),
         )
 
@@ -138,14 +138,6 @@ class Step:
         if self.rewards == "skewed":
             scalars[1:] = 0.0
         return scalars if self.rewards != "equal" else torch.full_like(scalars, self.scale)
-
-    def _routing(self, tokens: torch.Tensor, dtype: torch.dtype) -> Routing:
-        """The routing of ``tokens`` (BoolTensor [n, T]) to three experts, two per token; from a separate generator."""
-        draw = torch.Generator().manual_seed(self.seed + 2)
-        logits = torch.randn(*tokens.shape, 3, generator=draw, dtype=torch.float64)
-        chosen = torch.zeros_like(logits).scatter_(2, logits.topk(2, dim=2).indices, 1.0)
-        probability = (logits.softmax(dim=2) * tokens[..., None]).sum(dim=1)
-        return Routing(probability.to(dtype), (chosen * tokens[..., None]).sum(dim=1).float())
 
     def _scores(self, desirable: torch.Tensor) -> torch.Tensor:
         """Scores of the rows, of either sign regardless of the label; missing for some rows, and in every third step.
@@ -160,6 +152,21 @@ class Step:
             score = torch.where(score.abs() < 1.5, 0.0, score)
         missing = torch.rand(desirable.shape, generator=draw) < (0.1 if self.seed % 3 else 1.1)
         return torch.where(missing, desirable.float(), score)
+
+
+def routing_of(tokens: torch.Tensor, dtype: torch.dtype, seed: int) -> Routing:
+    """A routing of ``tokens`` (BoolTensor [n, T]) to three experts, two per token, from a separate generator."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randn(*tokens.shape, 3, generator=draw, dtype=torch.float64)
+    chosen = torch.zeros_like(logits).scatter_(2, logits.topk(2, dim=2).indices, 1.0)
+    probability = (logits.softmax(dim=2) * tokens[..., None]).sum(dim=1)
+    return Routing(probability.to(dtype), (chosen * tokens[..., None]).sum(dim=1).float())
+
+
+def rerouted(rows: LogProbBatch, seed: int) -> Routing | None:
+    """How another policy might route the tokens of the rows; None if they have no routing."""
+    tokens = rows.mask & ~rows.labels.mismatched[:, None]
+    return rows.routing and routing_of(tokens, rows.routing.probability.dtype, seed)
 
 
 def with_leaf(rows: LogProbBatch, needs: Needs) -> tuple[torch.Tensor, LogProbBatch]:

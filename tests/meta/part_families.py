@@ -117,6 +117,35 @@ def _with_pair(rows: LogProbBatch, values: Tensor) -> Tensor:
     return torch.where(pair < 0, values, (values + values[pair]) / 2)
 
 
+def sees_what_it_needs(rng: Random) -> Formula:
+    """Asks for pairs and whole prompts, and sees whether there is a pair, a tie with it, or more of the prompt."""
+
+    def condition(rows: LogProbBatch, kind: str = rng.choice(["pair", "tie", "prompt"])) -> Tensor:
+        labels = rows.labels
+        if kind == "prompt":
+            return (labels.group[:, None] == labels.group).sum(dim=1) > 2
+        return (labels.pair >= 0) & ((kind == "pair") | (labels.score == labels.score[labels.pair]))
+
+    factor = rng.choice([0.5, 0.9, 2.0])
+    part = Formula(lambda rows: ratio(rows) * torch.where(condition(rows), factor, 1.0))
+    part.needs = Needs(reference=True, pairs=True, groups=True)
+    return part
+
+
+def share_of_expert(rows: LogProbBatch, expert: int) -> Tensor:
+    """The share of choices that fell on an expert, [n]; the policy decides about it."""
+    assert rows.routing is not None
+    return rows.routing.chosen[:, expert] / rows.routing.chosen.sum(dim=1).clamp(min=1)
+
+
+def by_routing(rng: Random) -> Formula:
+    part = Formula(
+        lambda rows, expert=rng.randrange(3): ratio(rows) * (1 + share_of_expert(rows, expert).to(rows.policy_logps))
+    )
+    part.needs = Needs(reference=True, routing=True)
+    return part
+
+
 def rounded(dtype: torch.dtype) -> Callable[[LogProbBatch], Tensor]:
     """The log-ratio, with log-probs of float32 rounded to ``dtype``."""
 
@@ -136,6 +165,8 @@ def halved_slope(rows: LogProbBatch) -> Tensor:
 REWARDS = [
     Mutant("sees a column", ("reward_of_its_row",), sees_column),
     Mutant("a length shared with the pair", ("reward_of_its_row",), shared_length),
+    Mutant("sees the pair or the prompt that it needs", ("reward_of_its_row",), sees_what_it_needs),
+    Mutant("a factor by the policy's routing", ("reward_linear",), by_routing),
     Mutant(
         "spoils gradients of some sizes",
         ("reward_linear",),
@@ -454,6 +485,14 @@ FEEDBACKS = [
         lambda rng: Weighs(
             lambda rows, k: rows.reference_logps.mean(1).exp().float(),  # type: ignore[union-attr]
             Needs(undesirable=True, reference=True),
+        ),
+    ),
+    Mutant(
+        "weights by the policy's routing",
+        ("feedback_independent_of_theta",),
+        lambda rng: Weighs(
+            lambda rows, k, expert=rng.randrange(3): share_of_expert(rows, expert),
+            Needs(undesirable=True, routing=True),
         ),
     ),
     Mutant(
