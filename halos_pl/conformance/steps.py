@@ -278,7 +278,7 @@ def fitted_to(step: Step, needs: Needs, mismatched: bool | None) -> Step:
 # show what only works in even ones. No step has more than 2**20 tokens.
 LARGE = (
     Step(units=300, tokens=1),
-    Step(units=65, tokens=20, of_prompt=33, scores="far"),
+    Step(units=65, tokens=20, of_prompt=64, scores="far"),
     Step(units=40, tokens=2, scale=10.0, classes="undesirable"),
     Step(units=33, tokens=3, of_prompt=32, alone=True, classes="desirable"),
     Step(units=6, tokens=130, scale=100.0),

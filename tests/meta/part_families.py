@@ -166,7 +166,7 @@ REWARDS = [
     Mutant("sees a column", ("reward_of_its_row",), sees_column),
     Mutant("a length shared with the pair", ("reward_of_its_row",), shared_length),
     Mutant("sees the pair or the prompt that it needs", ("reward_of_its_row",), sees_what_it_needs),
-    Mutant("a factor by the policy's routing", ("reward_linear",), by_routing),
+    Mutant("a factor by the policy's routing", ("reward_linear",), by_routing, kind=INPUTS),
     Mutant(
         "spoils gradients of some sizes",
         ("reward_linear",),
@@ -386,8 +386,13 @@ REFERENCES = [
         ("reference_finite",),
         lambda rng: SoftMaximum(rng.choice([12.0, 30.0, 100.0]), stable=False),
     ),
-    Mutant("forgets its history when training resumes", ("reference_split",), lambda rng: Average(saved=False)),
-    Mutant("a history that validation changes", ("reference_split",), lambda rng: Average(always=True)),
+    Mutant(
+        "forgets its history when training resumes",
+        ("reference_split",),
+        lambda rng: Average(saved=False),
+        kind=STATE,
+    ),
+    Mutant("a history that validation changes", ("reference_split",), lambda rng: Average(always=True), kind=STATE),
     Mutant("weights by padding", ("reference_split",), lambda rng: EstimatedBy(by_padding)),
     Mutant("weights by the prompt's number", ("reference_split",), lambda rng: EstimatedBy(by_prompt)),
     Mutant("two ranks only", ("reference_split",), lambda rng: EstimatedBy(first_ranks)),
@@ -592,11 +597,12 @@ OBJECTIVES = [
     Mutant("rounds in float32", ("identity",), lambda rng: kto(Rounds), kind=VALUES),
     Mutant("a term after many steps", ("identity",), penalty_from, kind=STATE),
     Mutant("a KL of the completion next to a reward of the token", ("reference_in_range",), token_kl, kind=EXCUSES),
-    Mutant("spoils gradients of some sizes", ("identity",), spoils_gradients_of_loss),
+    Mutant("spoils gradients of some sizes", ("identity",), spoils_gradients_of_loss, kind=VALUES),
     Mutant(
         "a reward that spoils gradients of some sizes",
         ("identity",),
         lambda rng: kto(reward=Formula(lambda rows, spoil=spoils_gradients(rng): spoil(ratio(rows)))),
+        kind=VALUES,
     ),
 ]
 
