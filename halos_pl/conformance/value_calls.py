@@ -19,18 +19,22 @@ from halos_pl.conformance.witness import WrongShape, number
 T = TypeVar("T")
 # Outcomes are those of rows, [n], or of tokens, [n, T]. The most obvious ones come first.
 SHAPES = ((3,), (2, 3), (1,), (1, 1), (5, 1), (0,), (0, 4), (4, 0), (2, 1, 3))
-# Every small batch, and sizes around the powers of two at which code splits batches.
-SIZES = (*range(1, 301), *(2**k + d for k in range(9, 15) for d in (-1, 0, 1)), 1000, 20001)
+# One more than numbers with many divisors: code that works in blocks of 320 or 384, say, has a last block of one.
+BLOCKS = tuple(n + 1 for n in (6000, 7200, 7680, 8000, 8064))
+# Every small batch, sizes around the powers of two at which code splits batches, and such blocks.
+SIZES = (*range(1, 301), *(2**k + d for k in range(9, 15) for d in (-1, 0, 1)), 1000, *BLOCKS, 20001)
 # Rows and tokens of a batch: many of either, never of both.
 ROWS_AND_TOKENS = (
     *((rows, 2**k + d) for rows, k in ((1, 13), (2, 12), (3, 11), (7, 10), (2, 9)) for d in (-1, 0)),
     *((1, 2**k + 1) for k in range(9, 13)),
     *((2**k + d, tokens) for k, tokens in ((12, 1), (11, 5), (10, 3), (9, 11)) for d in (-1, 0)),
+    *zip((5, 6, 3, 2, 4), BLOCKS, strict=True),
+    *((n + 1, tokens) for n, tokens in ((3360, 2), (3600, 1), (3840, 3), (4000, 2), (4032, 5))),
     (113, 127),
-    (127, 8191),
-    (4095, 255),
     (64, 300),
+    (4095, 65),
 )
+LARGEST = (127, 8191)  # of many rows and many tokens
 
 
 def drawn_sizes(count: int) -> list[tuple[int, int]]:
@@ -99,6 +103,20 @@ def _within(case: ValueFunctionCase, sizes: Sequence[T], outcomes: Callable[[T],
     return small[:: 1 + 2 * sum(map(outcomes, small)) // max(1, case.affordable)]
 
 
+def _beside_no_number(case: ValueFunctionCase, u: Tensor, alone: tuple[Tensor, Tensor]) -> str | None:
+    """One outcome is NaN or infinite, as with a missing score; the others must not change, unless v refuses all."""
+    others = torch.arange(len(u)) != 5
+    for odd in (torch.nan, torch.inf, -torch.inf):
+        try:
+            value, slope = value_and_slope(case.fresh(), torch.where(others, u, odd))
+        except Exception:  # an error cannot be overlooked
+            continue
+        expected = alone[0][others], alone[1][others]
+        if difference := difference_of(expected, (value[others], slope[others]), u[others]):
+            return f"{difference}, beside an outcome of {odd}; the first is its value in a batch of one"
+    return None
+
+
 @explained(
     example="""
         def forward(self, u):
@@ -129,7 +147,7 @@ def elementwise(case: ValueFunctionCase) -> str | None:
             if difference := compare(torch.full((n,), at), lambda u: u, " that are all alike"):
                 return difference
         drawn = drawn_sizes(240 if case.thorough else 24)
-        wide = (*ROWS_AND_TOKENS[number_::2], *drawn[number_::2])
+        wide = (*ROWS_AND_TOKENS[number_::2], *drawn[number_::2], *[LARGEST][1 - number_ :])
         for rows, tokens in _within(case, wide, lambda size: size[0] * size[1]):
             index = (torch.arange(rows * tokens) * (1 + tokens % 4) + rows).view(rows, tokens) % len(base)
             if difference := compare(index, lambda u: u, f", of shape ({rows}, {tokens})"):
@@ -137,6 +155,8 @@ def elementwise(case: ValueFunctionCase) -> str | None:
         for name, view in VIEWS.items():
             if difference := compare(torch.arange(120).view(12, 10) % len(base), view, f", {name}"):
                 return difference
+        if difference := _beside_no_number(case, base, alone):
+            return difference
     # The grid is the largest batch of all.
     curve = case.curve
     few = curve.part(torch.arange(7, len(curve.u), len(curve.u) // 48))
