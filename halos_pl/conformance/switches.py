@@ -45,7 +45,7 @@ class Switches(TorchDispatchMode):
         """The numbers of each element, if there are few: one, or those of a small network."""
         if operand.numel() == self.count:
             return [operand.flatten()]
-        few = operand.shape[:1] == (self.count,) and operand.numel() <= 64 * self.count
+        few = operand.shape[:1] == (self.count,) and operand.numel() <= 256 * self.count
         return list(operand.reshape(self.count, -1).T) if few else []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

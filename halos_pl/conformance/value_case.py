@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from halos_pl.conformance.clause import Case, Law
-from halos_pl.conformance.curve import CELLS, EDGE, FAR, Curve, grid, in_pieces, rows_at_once
+from halos_pl.conformance.curve import CELLS, EDGE, FAR, Curve, grid, in_pieces, rows_at_once, value_and_slope
 from halos_pl.conformance.duplicate import duplicate
-from halos_pl.conformance.rounding import values_per_outcome
+from halos_pl.conformance.rounding import sums, values_per_outcome
 from halos_pl.conformance.search import survey
 from halos_pl.conformance.states import pushed
+from halos_pl.conformance.sweep import suspects
 from value_functions import ValueFunction
 
 # Each clause may compute about 10^8 numbers, in and between the operations of v; a cell is never wider than 0.004 nats.
@@ -26,6 +27,10 @@ def varied_outcomes(n: int) -> Tensor:
     steps = torch.arange(n, dtype=torch.float64)
     size = 10 ** ((steps * 0.618034) % 1 * 5 - 3)  # 1e-3 to 100
     return torch.where(steps % 2 == 0, size, -size)
+
+
+# The outcomes of the call before all others.
+FIRST = varied_outcomes(16)
 
 
 class Sample(NamedTuple):
@@ -56,6 +61,18 @@ class ValueFunctionCase(Case):
         """A copy in training mode that has not been called."""
         return duplicate(self.target)
 
+    def witness(self, law: Law) -> str | None:
+        _ = self.first_call  # before any clause calls v
+        return super().witness(law)
+
+    @cached_property
+    def first_call(self) -> tuple[Tensor, Tensor] | None:
+        """Value and slope at ``FIRST`` before all other calls of v; None if it raises, which a clause reports."""
+        try:
+            return value_and_slope(self.fresh(), FIRST)
+        except (Exception, SystemExit):
+            return None
+
     @cached_property
     def affordable(self) -> int:
         """How many outcomes a clause may try: fewer if v computes many numbers for each."""
@@ -75,7 +92,7 @@ class ValueFunctionCase(Case):
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """The dtypes in which v must work. Losses are in float32, so its operations need not exist in bfloat16."""
         try:
-            self.fresh()(torch.tensor([0.5, -0.5], dtype=torch.bfloat16))
+            value_and_slope(self.fresh(), torch.tensor([0.5, -0.5], dtype=torch.bfloat16))
         except (RuntimeError, TypeError) as error:
             if "bfloat16" in str(error).lower():
                 return DTYPES[:-1]
@@ -91,7 +108,7 @@ class ValueFunctionCase(Case):
     @cached_property
     def pushed(self) -> list[tuple[str, ValueFunction, Curve]]:
         """v after an optimizer has moved its parameters: the move in words, v, and its curve on a coarser grid."""
-        moved = pushed(self.target, draws=20 if self.thorough else 2)
+        moved = [*pushed(self.target, draws=20 if self.thorough else 2, most=16), *suspects(self.target)]
         return [(words, v, survey(duplicate(v), min(self.cells, 20_000), most=100)) for words, v in moved]
 
     @cached_property
@@ -161,3 +178,14 @@ class ValueFunctionCase(Case):
         size = (value.abs() + (near * slope).abs()).nan_to_num(posinf=0.0)
         size = size.view(len(near) // max(1, len(u)), len(u)).max(dim=0).values
         return size
+
+    def slope_around(self, v: ValueFunction, u: Tensor) -> Tensor:
+        """The size of what a slope of v may be the difference of: that of v per nat, at most the steepest slope.
+
+        Returns:
+            utility per nat, float64 [n].
+        """
+        slope = self.curve.slope
+        return torch.minimum(
+            torch.maximum(self.size_around(v, u), sums(v, u)) / u.abs(), slope[slope.isfinite()].abs().max()
+        )
