@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -70,6 +71,12 @@ def value_and_slope(v: Function, u: Tensor, view: Function | None = None) -> tup
         u: nats.
         view: maps ``u`` to the input of v, and the slopes likewise; default: v is called with ``u``.
     """
+    value, slope = called(v, u, view)
+    return value, slope()
+
+
+def called(v: Function, u: Tensor, view: Function | None = None) -> tuple[Tensor, Callable[[], Tensor]]:
+    """:func:`value_and_slope` with the backward pass still to come: v(u), and a function that returns dv/du."""
     view = view or (lambda tensor: tensor)
     with torch.enable_grad():
         leaf = u.detach().clone().requires_grad_()
@@ -78,13 +85,16 @@ def value_and_slope(v: Function, u: Tensor, view: Function | None = None) -> tup
         value = v(inputs)
         if value.shape != shape:
             raise WrongShapeError(f"v of {tuple(shape)} has shape {tuple(value.shape)}")
-        slope = None
-        if value.requires_grad:
-            back = cotangents(value)
-            # Of the sum, since torch imports sympy (half a second) if it is passed an upstream gradient.
-            (slope,) = torch.autograd.grad((value * back).sum(), leaf, allow_unused=True)
+        back = cotangents(value)
+        # Of the sum, since torch imports sympy (half a second) if it is passed an upstream gradient.
+        total = (value * back).sum()
     value = value.detach()
-    return value, torch.zeros_like(value) if slope is None else view(slope.detach()) / back
+
+    def slope() -> Tensor:
+        found = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
+        return torch.zeros_like(value) if found is None else view(found.detach()) / back
+
+    return value, slope
 
 
 @dataclass(frozen=True)

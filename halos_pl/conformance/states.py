@@ -19,6 +19,7 @@ loaded. Its result must be the same in each. A clause of any kind of part uses t
 from __future__ import annotations
 
 import datetime
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 from halos_pl.conformance.duplicate import duplicate
 
 T = TypeVar("T", bound=nn.Module)
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,28 @@ def _in_validation(part: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _in_autocast(part: nn.Module) -> Iterator[None]:
+def _in_autocast(dtype: torch.dtype, part: nn.Module) -> Iterator[None]:
     """As in mixed precision on a CPU or GPU: code may ask about either, also where there is no GPU."""
-    gpu = torch.is_autocast_enabled("cuda")
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
     try:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             yield
     finally:
-        torch.set_autocast_enabled("cuda", gpu)
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+
+@contextmanager
+def _with_deterministic_algorithms(part: nn.Module) -> Iterator[None]:
+    """As with ``trainer.deterministic: true``, without the compiler that ``use_deterministic_algorithms`` loads."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 @contextmanager
@@ -173,7 +188,9 @@ STATES = (
     State("without gradient", lambda part: torch.no_grad(), gradient=False),
     State("in inference mode", lambda part: torch.inference_mode(), gradient=False),
     State("in validation (evaluation and inference mode)", _in_validation, gradient=False),
-    State("in autocast to bfloat16", _in_autocast, rounds=True),
+    State("in autocast to bfloat16", partial(_in_autocast, torch.bfloat16), rounds=True),
+    State("in autocast to float16", partial(_in_autocast, torch.float16), rounds=True),
+    State("with deterministic algorithms", _with_deterministic_algorithms),
     *(
         State(f"with {name} as the default dtype", partial(_default_dtype, getattr(torch, name)), constants=error)
         for name, error in (("bfloat16", torch.finfo(torch.bfloat16).eps), ("float64", torch.finfo(torch.float32).eps))
@@ -207,6 +224,27 @@ def copies(part: T, new: T | None = None) -> Iterator[tuple[str, T]]:
                 tensor.add_(1)
     reloaded.load_state_dict(saved)
     yield "of a copy that has loaded its state_dict", reloaded
+
+
+def twins(part: T) -> tuple[T, T] | None:
+    """Two parts that are constructed alike, the second of which has loaded the state_dict of the first.
+
+    Arguments without a default are the part's attributes of the same name.
+
+    Returns:
+        Both in training mode; None if the part's class cannot be constructed so.
+    """
+    cls = type(part)
+    try:
+        needed = [
+            p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty and p.kind in _NAMED
+        ]
+        arguments = {name: getattr(part, name) for name in needed}
+        first, second = cls(**arguments).train(), cls(**arguments).train()
+        second.load_state_dict(first.state_dict())
+    except (Exception, SystemExit):
+        return None
+    return first, second
 
 
 def _at(name: str, parameter: Tensor) -> str:

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from halos_pl.conformance.clause import explained
-from halos_pl.conformance.curve import value_and_slope
-from halos_pl.conformance.states import STATES, State, copies, pushed
+from halos_pl.conformance.curve import called, in_pieces, value_and_slope
+from halos_pl.conformance.states import STATES, State, copies, pushed, twins
 from halos_pl.conformance.switches import multiplies_matrices
-from halos_pl.conformance.value_case import ValueFunctionCase, varied_outcomes
+from halos_pl.conformance.value_case import FIRST, ValueFunctionCase, varied_outcomes
 from halos_pl.conformance.witness import number, pair
-from value_functions import ValueFunction
 
-# A run of this many steps calls v as often.
+# A run of this many steps calls v as often, with batches of some of these sizes.
 MANY_CALLS = 5000
+_ROWS = (1, 2, 3, 8, 16, 32, 33, 64)
+_CALLS_OF_A_BACKWARD = 100
 
 
 def difference_of(
@@ -65,29 +66,35 @@ def deterministic(case: ValueFunctionCase) -> str | None:
     """The same outcome has the same value on every call.
 
     In training, evaluation, inference mode and autocast, with and without gradient, with another default dtype, later,
-    after 5,000 calls, after calls with similar outcomes, in a deep copy and in a copy that has loaded its state_dict.
-    After an optimizer has moved its parameters, v is what they now say.
+    after 5,000 calls and backward passes, after calls with similar outcomes and between these and their backward pass,
+    in a deep copy, in a copy that has loaded its state_dict, and in one that is constructed anew and then loads it. In
+    autocast, matrix products may round. After an optimizer has moved its parameters, v is what they now say.
     """
+    if found := _since_the_first_call(case):
+        return found
     for dtype in (torch.float64, torch.float32):
         for witness in (_at_minus_zero, _on_each_call, _in_each_state, _of_copies, _after_similar_outcomes):
             if found := witness(case, dtype):
                 return found if dtype == torch.float64 else f"{found}, in float32"
-    return _after_a_step(case) or _after_many_calls(case)
+    return _after_a_step(case) or _built_anew(case) or _after_many_calls(case)
 
 
-def _result(v: ValueFunction, u: Tensor, expected: tuple[Tensor, Tensor], gradient: bool) -> tuple[Tensor, Tensor]:
-    """Value and slope; without gradient the slope that is expected."""
-    return value_and_slope(v, u) if gradient else (v(u.clone()).detach(), expected[1])
+def _since_the_first_call(case: ValueFunctionCase) -> str | None:
+    """Compares with the call before all others: copies may share what a class, module or closure keeps."""
+    if case.first_call is None:
+        return None
+    difference = difference_of(case.first_call, value_and_slope(case.fresh(), FIRST), FIRST)
+    return difference and f"{difference}; the second is after calls of other copies"
 
 
 def _at_minus_zero(case: ValueFunctionCase, dtype: torch.dtype) -> str | None:
     """0 and -0 are one outcome: at the start of a run, a reflected row has the latter."""
-    plus, minus = (
-        v(u) for v, u in ((case.fresh(), torch.zeros(1).to(dtype)), (case.fresh(), -torch.zeros(1).to(dtype)))
-    )
-    if torch.equal(plus, minus) or not bool(plus.isfinite() & minus.isfinite()):  # another clause reports the latter
-        return None
-    return f"v(0) = {number(float(plus))}, v(-0) = {number(float(minus))}"
+    zero = torch.zeros(1).to(dtype)
+    both = zip(("v", "v'"), value_and_slope(case.fresh(), zero), value_and_slope(case.fresh(), -zero), strict=True)
+    for name, plus, minus in both:
+        if plus != minus and bool(plus.isfinite() & minus.isfinite()):  # else another clause reports it
+            return f"{name}(0) = {number(float(plus))}, {name}(-0) = {number(float(minus))}"
+    return None
 
 
 def _on_each_call(case: ValueFunctionCase, dtype: torch.dtype) -> str | None:
@@ -106,7 +113,10 @@ def _on_each_call(case: ValueFunctionCase, dtype: torch.dtype) -> str | None:
 
 
 def _in_each_state(case: ValueFunctionCase, dtype: torch.dtype) -> str | None:
-    """Calls a copy in each state, at once and after a call in training, and then in training."""
+    """Calls a copy in each state, at once and after a call in training, and then in training.
+
+    The backward pass is in the state too, or after it, as that of a forward pass in autocast.
+    """
     u = varied_outcomes(64).to(dtype)
     expected = value_and_slope(case.fresh(), u)
     for trained in (False, True):
@@ -115,10 +125,13 @@ def _in_each_state(case: ValueFunctionCase, dtype: torch.dtype) -> str | None:
             if trained:
                 value_and_slope(v, u)
             with state.entered(v):
-                result = _result(v, u, expected, state.gradient)
+                # Without gradient the slope that is expected.
+                value, slope = called(v, u) if state.gradient else (v(u.clone()).detach(), lambda: expected[1])
+                inside = None if trained else slope()
+            result = (value, slope() if inside is None else inside)
             if difference := difference_of(expected, result, u, _rounding(case, state), state.constants):
-                return f"{difference}; the second is {state.name}"
-            if result[0].is_inference() and not trained:
+                return f"{difference}; the second is {state.name}{', its backward pass after that' if trained else ''}"
+            if value.is_inference() and not trained:
                 continue  # what v keeps from inference mode has no gradient, and training comes before validation
             if difference := difference_of(expected, value_and_slope(v, u), u):
                 return f"{difference}; the second is in training, after a call {state.name}"
@@ -168,10 +181,13 @@ def _similar(u: Tensor) -> Iterator[tuple[str, Tensor]]:
 def _after_similar_outcomes(case: ValueFunctionCase, dtype: torch.dtype) -> str | None:
     """A cache whose key misses something returns the values of an earlier batch."""
     u = varied_outcomes(64).to(dtype)
+    alone = value_and_slope(case.fresh(), u)
     for words, other in _similar(u):
         expected, v = value_and_slope(case.fresh(), other), case.fresh()
-        value_and_slope(v, u)
-        if difference := difference_of(expected, value_and_slope(v, other), other):
+        (value, slope), (value_of_other, slope_of_other) = called(v, u), called(v, other)
+        if difference := difference_of(alone, (value, slope()), u):
+            return f"{difference}; the second is with another call before its backward pass, of outcomes {words}"
+        if difference := difference_of(expected, (value_of_other, slope_of_other()), other):
             return f"{difference}; the second is after a call with outcomes {words}"
     # The same tensor with other contents, as a buffer that is filled anew has the same address.
     expected, v, buffer = value_and_slope(case.fresh(), -0.7 * u), case.fresh(), u.clone()
@@ -183,16 +199,38 @@ def _after_similar_outcomes(case: ValueFunctionCase, dtype: torch.dtype) -> str 
     return difference and f"{difference}; the second is after a call with other outcomes in the same memory"
 
 
+def _built_anew(case: ValueFunctionCase) -> str | None:
+    """Two that are constructed alike, the second of which loads the state_dict of the first, as a resumed run does."""
+    if (both := twins(case.target)) is None:
+        return None
+    u = varied_outcomes(64)
+    try:
+        first = value_and_slope(both[0], u)
+    except Exception:  # such as of a class that is complete only after it was constructed
+        return None
+    difference = difference_of(first, value_and_slope(both[1], u), u)
+    return difference and f"{difference}; the second is constructed anew and has loaded the state_dict of the first"
+
+
 def _after_many_calls(case: ValueFunctionCase) -> str | None:
-    """Calls one copy as often as a long run does; every value is compared, and at the end the slope."""
-    few, many = torch.tensor([0.7, -1.3]), varied_outcomes(64).float()
-    expected, v = value_and_slope(case.fresh(), many), case.fresh()
-    leaf = few.clone().requires_grad_()
-    value = torch.stack([v(leaf * 1).detach() for _ in range(MANY_CALLS)])
-    slope = torch.zeros_like(few)
-    at = int((value != value[0]).any(1).to(torch.int8).argmax())
-    if difference := difference_of((value[0], slope), (value[at], slope), few):
-        return f"{difference}; the second is on call {at + 1}"
+    """Calls one copy as often as a long run does, each time with other outcomes, a backward pass and a gradient."""
+    most = max(2, case.affordable // MANY_CALLS)
+    sizes = [min(n, most) for n in (_ROWS * _CALLS_OF_A_BACKWARD)[:_CALLS_OF_A_BACKWARD]]
+    outcomes = varied_outcomes(MANY_CALLS // _CALLS_OF_A_BACKWARD * sum(sizes)).float()
+    value, slope = in_pieces(case.fresh(), outcomes)
+    v = case.fresh()
+
+    def in_calls(u: Tensor) -> Tensor:
+        return torch.cat([v(batch.clone()) for batch in u.split(sizes)])
+
+    every = zip(*(x.split(sum(sizes)) for x in (outcomes, value, slope)), strict=True)
+    for at, (u, *expected) in enumerate(every):
+        if difference := difference_of((expected[0], expected[1]), value_and_slope(in_calls, u), u):
+            first = 1 + at * _CALLS_OF_A_BACKWARD
+            return (
+                f"{difference} in calls {first:,} to {first + _CALLS_OF_A_BACKWARD - 1:,}; the first is on a first call"
+            )
     v(varied_outcomes(min(2**18, case.largest_batch)).float())
-    difference = difference_of(expected, value_and_slope(v, many), many)
+    many = varied_outcomes(64).float()
+    difference = difference_of(value_and_slope(case.fresh(), many), value_and_slope(v, many), many)
     return difference and f"{difference}; the second is after {MANY_CALLS} calls and a large batch"
