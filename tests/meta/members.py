@@ -9,6 +9,7 @@ from random import Random
 import objective_mutants
 import part_families
 import part_mutants
+import value_call_mutants
 import value_mutants
 import value_state_mutants
 from mutant import FALSE_ALARMS, TRAINING, Mutant, Sound, Value
@@ -24,6 +25,7 @@ from halos_pl.conformance.report import Report
 MUTANTS: list[Mutant] = [
     *value_mutants.MUTANTS,
     *value_state_mutants.MUTANTS,
+    *value_call_mutants.MUTANTS,
     *part_mutants.MUTANTS,
     *part_families.MUTANTS,
     *objective_mutants.MUTANTS,

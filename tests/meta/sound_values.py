@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from random import Random
@@ -173,6 +174,16 @@ def _power(u: Tensor, p: Tensor) -> Tensor:
     return torch.where(u >= 0, (u.clamp(min=0) + 1e-3) ** torch.sigmoid(p) - 1e-3 ** torch.sigmoid(p), u)
 
 
+def with_scale(
+    formula: Callable[[Tensor, float], Tensor], low: float, high: float
+) -> Callable[[Random], ValueFunction]:
+    def make(rng: Random) -> ValueFunction:
+        scale = math.exp(rng.uniform(math.log(low), math.log(high)))
+        return Value(lambda u: formula(u, scale))
+
+    return make
+
+
 SOUND_VALUES: dict[str, Callable[[Random], ValueFunction]] = {
     "a flat sum": flat_sum,
     "flat beyond, by subtraction": flat_beyond,
@@ -180,6 +191,11 @@ SOUND_VALUES: dict[str, Callable[[Random], ValueFunction]] = {
     "two jumps at 0": two_jumps_at_zero,
     "jumps on losses": jumps_on_losses,
     "no kernel for bfloat16": lambda rng: Value(NotInBfloat16.apply),
+    "no kernel for the slope in bfloat16": with_scale(
+        lambda u, s: torch.special.i1e(s * u) / torch.special.i0e(s * u), 0.02, 0.2
+    ),
+    "logarithm of a normal distribution": with_scale(lambda u, s: torch.special.log_ndtr(s * u), 0.05, 0.5),
+    "a steep root": with_scale(lambda u, s: u / (u.abs() + s).sqrt(), 1e-12, 1e-4),
     "holds itself": lambda rng: KnowsItself(rng.uniform(0.2, 1)),
     "60 knots": lambda rng: Knots(60),
     "learnable: softplus": Sound(STATE, learnable(lambda u, p: F.logsigmoid(F.softplus(p) * u), -3, 3)),
