@@ -8,6 +8,7 @@ from functools import partial
 from typing import TypeGuard, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch
@@ -114,13 +115,11 @@ def identity(case: HaloCase) -> str | None:
             _, gradient, _, slope, _ = case.slopes(rows)
             scaled = _wrong_slope(rows, case, gradient, slope) is None
             return f"{witness}, if the loss is multiplied by {step.cotangent:g}" if scaled else witness
-        if step.huge:
-            return None
         with torch.no_grad():
             at_once = float(case.fresh()(rows).loss)
         if not abs(at_once - float(loss)) <= RELATIVE * expectation.size + 1e-9:
             return "loss {} by compute_loss, which training calls, {} by forward".format(*pair(float(loss), at_once))
-        for factor in (0.5, 2.0):
+        for factor in (0.5,) if step.huge else (0.5, 2.0):
             scalar = None if rows.scalar is None else rows.scalar * factor
             moved = replace(rows, policy_logps=rows.policy_logps * factor, scalar=scalar)
             there, right_there = case.losses(moved, moved, (case.fresh(), case.fresh()))
@@ -128,6 +127,8 @@ def identity(case: HaloCase) -> str | None:
             if not abs(change - right_change) <= RELATIVE * (expectation.size + right_there.size) + 1e-9:
                 a, b = pair(change, right_change)
                 return f"{_scores(rows, case)} times {factor}: the loss changes by {a}, sum w a v by {b}"
+        if step.huge:
+            return None
         # As in training, in float32.
         single = case.rows(step, torch.float32)
         _, gradient, _, slope, _ = case.slopes(single, cotangent=step.cotangent)
@@ -159,14 +160,23 @@ def _scores(rows: LogProbBatch, case: HaloCase) -> str:
 
 def _wrong_slope(rows: LogProbBatch, case: HaloCase, gradient: Tensor, slope: Tensor) -> str | None:
     """Where the gradient of the loss differs from that of sum w * a * v / denominator, in words; else None."""
-    off = (gradient - slope).abs()
-    most = RELATIVE * max(float(slope.abs().max()), float(gradient.abs().max())) + 1e-12
-    if bool((off <= most).all()):
+    wrong = _off(rows, gradient, slope).nonzero()
+    if not len(wrong):
         return None
-    i, t = (~(off <= most)).nonzero()[0].tolist()
+    i, t = wrong[0].tolist()
     a, b = pair(float(gradient[i, t]), float(slope[i, t]))
     kind = "a desirable" if rows.labels.desirable[i] else "an undesirable"
     return f"{_scores(rows, case)}: slope {a} of the loss in {kind} row, {b} by w a v"
+
+
+def _off(rows: LogProbBatch, gradient: Tensor, slope: Tensor) -> Tensor:
+    """Where gradients [n, T or T + 1] with respect to the policy's outputs differ, BoolTensor; never on padding.
+
+    The log-probs of padding are constants, so a gradient with respect to them goes nowhere.
+    """
+    most = RELATIVE * max(float(slope.abs().max()), float(gradient.abs().max())) + 1e-12
+    scalars = gradient.shape[1] - rows.mask.shape[1]
+    return ~((gradient - slope).abs() <= most) & F.pad(rows.mask, (0, scalars), value=True)
 
 
 @explained(
@@ -192,14 +202,14 @@ def one_value_function(case: HaloCase) -> str | None:
         _, gradient, _, slope, expectation = case.slopes(rows, cotangent=step.cotangent)
         train = rows.labels.train.nonzero().squeeze(1)
         gradient, slope = gradient[train], slope[train]
-        most = RELATIVE * max(float(slope.abs().max()), float(gradient.abs().max())) + 1e-12
-        wrong = ~((gradient - slope).abs() <= most).all(dim=1)
+        off = _off(rows.select(train), gradient, slope)
+        wrong = off.any(dim=1)
         sides = {a: (expectation.sign == a) & (expectation.weight > 0) for a in (-1, 1)}
         for a, name in ((-1, "desirable"), (1, "undesirable")):
             here, there = wrong & sides[a], sides[-a]
             if bool(here.any()) and bool(there.any()) and not bool((wrong & there).any()):
                 i = int(here.nonzero()[0])
-                t = int((gradient - slope)[i].abs().argmax())
+                t = int(off[i].nonzero()[0])
                 x, y = pair(float(gradient[i, t]), float(slope[i, t]))
                 return f"slope {x} of the loss in a row with a = {a:+d} ({name}), {y} by v; the others are right"
         return None
