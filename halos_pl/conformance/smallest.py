@@ -16,9 +16,14 @@ from halos_pl.conformance.witness import Raised
 def _drawn(count: int) -> tuple[Step, ...]:
     """Always the same steps; drawing them with Hypothesis would take longer than most clauses do."""
     draw = Random(0)
-    # First a single row of either label, alone and with a mismatched row: random draws may not reach these sizes.
+    # First a single row of either label, alone and with a mismatched row, with a score near -1,000 or 1,000: random
+    # draws may not reach these sizes.
     labels: tuple[Classes, ...] = ("desirable", "undesirable")
-    single = [Step(classes=label, mismatched=n) for label in labels for n in (0, 1)]
+    single = [
+        Step(seed=1 + (k + n) % 2, classes=label, mismatched=n, scores="extreme")
+        for k, label in enumerate(labels)
+        for n in (0, 1)
+    ]
     drawn = [step for _ in range(0, count, _BLOCK) for step in _block(draw)]
     return (*single, *drawn)[:count]
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from halos_pl.batch import Labels, LogProbBatch, Needs, Routing
 
 Classes = Literal["mixed", "desirable", "undesirable"]
-Rewards = Literal["varied", "skewed", "equal"]
-Scores = Literal["near", "far", "tied"]
+Rewards = Literal["varied", "skewed", "equal", "start"]
+Scores = Literal["near", "far", "tied", "extreme"]
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,19 @@ class Step:
         seed: seed of all random draws.
         units: pairs, or (without ``paired``) rows.
         mismatched: number of mismatched rows.
-        tokens: width of the batch; a row has between 1 and this many.
+        tokens: width of the batch; a row has between 1 and this many. In a large step, some rows of each kind have
+            all of them.
         scale: nats; log-probs lie between -3 * scale and 0, as multiples of a tenth of it.
         paired: whether rows come as pairs of a desirable and an undesirable one.
         classes: labels of rows that are not paired.
         grouped: whether every prompt has two rows or more.
         of_prompt: pairs (or, if grouped, twos of rows; else rows) that answer the same prompt.
         alone: whether the last row is the only one of its prompt, unless rows are paired.
-        rewards: log-ratios that vary, that are 0 in all rows but a far one, or that are the same in all rows.
-        scores: within 2 of 0, up to 1,000 away, or 0 in most rows. Some are missing, in every third step all.
+        rewards: log-ratios that vary, that are 0 in all rows but a far one, that are the same in all rows, or that are
+            0 in each token, as in the first step of a run, where the policy is the reference.
+        scores: within 2 of 0, up to 1,000 away, 0 in most rows, or all near -1,000 or all near 1,000. Some are missing,
+            in every third step all.
+        holes: whether rows have tokens without loss before or between those with loss, as turns of a conversation.
     """
 
     seed: int = 0
@@ -50,6 +54,7 @@ class Step:
     alone: bool = False
     rewards: Rewards = "varied"
     scores: Scores = "near"
+    holes: bool = False
 
     @property
     def large(self) -> bool:
@@ -83,12 +88,16 @@ class Step:
         train = self.units * (2 if self.paired or self.grouped else 1)
         n, width = train + self.mismatched, self.tokens
         place = torch.randperm(n, generator=draw)
-        mask = torch.arange(width) < torch.randint(1, width + 1, (n, 1), generator=draw)
+        length = torch.randint(1, width + 1, (n, 1), generator=draw)
         desirable = torch.rand(n, generator=draw) < 0.5
         pair = torch.full((n,), -1)
         trained = place[:train]
-        if width > 1000:  # at least one row is as long as the step says
-            mask[trained[0]] = True
+        if self.large:
+            length[place[[0, train - 1, -1]]] = width
+            desirable[trained[0]], desirable[trained[-1]] = True, False
+        mask = torch.arange(width) < length
+        if self.holes:
+            mask &= self._kept(length, width)
         if self.paired:
             pair[trained[0::2]], pair[trained[1::2]] = trained[1::2], trained[0::2]
             desirable[trained[0::2]], desirable[trained[1::2]] = True, False
@@ -116,9 +125,12 @@ class Step:
             low, other = (policy, reference) if self.seed % 4 < 2 else (reference, policy)
             low, other = torch.where(far, 10 * low, other), other
             policy, reference = (low, other) if self.seed % 4 < 2 else (other, low)
-        elif self.rewards == "equal":  # all of it in the first token, so that the length does not matter
+        elif self.rewards == "equal":  # all of it in one token, so that the length does not matter
             policy, reference = torch.zeros_like(policy), torch.zeros_like(policy)
-            policy[:, 0], reference[:, 0] = -self.scale * (self.seed % 5), -2 * self.scale
+            first = torch.arange(n), mask.int().argmax(dim=1)
+            policy[first], reference[first] = -self.scale * (self.seed % 5), -2 * self.scale
+        elif self.rewards == "start":
+            policy = reference.clone()
         return LogProbBatch(
             policy_logps=policy,
             reference_logps=reference,
@@ -130,6 +142,12 @@ class Step:
             routing=routing_of(mask & ~mismatched[:, None], dtype, self.seed + 2),
             scalar=self._scalars(n, dtype),
         )
+
+    def _kept(self, length: torch.Tensor, width: int) -> torch.Tensor:
+        """Which tokens are no hole, BoolTensor [n, T]: any share of a row, with its last one; a separate generator."""
+        draw = torch.Generator().manual_seed(self.seed + 4)
+        kept = torch.rand(len(length), width, generator=draw) < torch.rand(len(length), 1, generator=draw)
+        return kept | (torch.arange(width) == length - 1)
 
     def _scalars(self, n: int, dtype: torch.dtype) -> torch.Tensor:
         """The scalars of ``n`` rows, as far from 0 as a token's log-prob, of either sign; from a separate generator."""
@@ -150,6 +168,8 @@ class Step:
             score *= 500
         elif self.scores == "tied":
             score = torch.where(score.abs() < 1.5, 0.0, score)
+        elif self.scores == "extreme":
+            score += 998 if self.seed // 2 % 2 else -998
         missing = torch.rand(desirable.shape, generator=draw) < (0.1 if self.seed % 3 else 1.1)
         return torch.where(missing, desirable.float(), score)
 
@@ -256,8 +276,9 @@ CHOICES: dict[str, Sequence[Any]] = {
     "grouped": (False, True),
     "of_prompt": (1, 2, 6),
     "alone": (False, True),
-    "rewards": ("varied", "varied", "skewed", "equal"),
-    "scores": ("near", "far", "tied"),
+    "rewards": ("varied", "varied", "skewed", "equal", "start"),
+    "scores": ("near", "far", "tied", "extreme"),
+    "holes": (False, True),
     "seed": range(2**31),
 }
 
@@ -278,12 +299,13 @@ def fitted_to(step: Step, needs: Needs, mismatched: bool | None) -> Step:
 # show what only works in even ones. No step has more than 2**20 tokens.
 LARGE = (
     Step(units=300, tokens=1),
-    Step(units=65, tokens=20, of_prompt=64, scores="far"),
-    Step(units=40, tokens=2, scale=10.0, classes="undesirable"),
+    Step(units=65, tokens=20, of_prompt=64, scores="far", holes=True),
+    Step(units=40, tokens=2, scale=10.0, classes="undesirable", scores="extreme"),
     Step(units=33, tokens=3, of_prompt=32, alone=True, classes="desirable"),
-    Step(units=6, tokens=130, scale=100.0),
+    Step(units=6, tokens=130, scale=100.0, scores="extreme", holes=True),
     Step(units=4, tokens=1100),
-    Step(units=2, tokens=8192),
+    Step(units=3, tokens=8192),
+    Step(units=9, tokens=7, rewards="start"),
     Step(units=129, tokens=2, rewards="skewed", of_prompt=6),
     Step(units=4096, tokens=1, rewards="skewed"),
 )
