@@ -243,7 +243,7 @@ def feedback_split(case: FeedbackCase) -> str | None:
 def _differs(whole: Judgement, other: Judgement, index: Tensor, denominator: Tensor) -> str | None:
     """Where the judgement of the rows ``index``, or the denominator, differs, in words; else None."""
     counts = whole.weight[index] > RELATIVE * whole.weight.abs().max()  # others have no sign to speak of
-    for name in ("sign", "weight"):
+    for name in ("sign", "weight") if len(index) else ():
         one, two = getattr(whole, name)[index], getattr(other, name)
         wrong = ~((one - two).abs() <= RELATIVE * one.abs().max())
         wrong = (wrong & counts if name == "sign" else wrong).nonzero()
@@ -278,8 +278,6 @@ def _ranks(case: FeedbackCase, step: Step) -> str | None:
     whole = case.judged(rows)
     for count in (3,) if step.huge else (2, 3):
         parts = shares(rows, case.needs, step.seed, count)
-        if not parts:
-            return None
         jobs: list[Callable[[], Any]] = [lambda index=index: case.judged(rows.select(index)) for index in parts]  # type: ignore[misc]
         judged = Ranks(count).run(jobs, namespaces(case.target))
         summed = torch.stack([part.denominator for part in judged]).sum()

@@ -147,13 +147,14 @@ class HaloCase(PartCase):
         return torch.stack(losses).sum()
 
     def micro_batches(self, rows: LogProbBatch) -> list[Tensor]:
-        """Positions of the rows of each micro-batch; one that has them all if the objective compares the whole step."""
+        """Positions of the rows of each micro-batch; one that has them all if the objective compares the whole step.
+
+        The last one has none, as on a rank that has fewer micro-batches than another.
+        """
         train = rows.labels.train_index
-        return (
-            [train]
-            if self.needs.whole_step
-            else [train[unit] for unit in self.reference_point.parts(rows.select(train))]
-        )
+        if self.needs.whole_step:
+            return [train]
+        return [*(train[unit] for unit in self.reference_point.parts(rows.select(train))), train[:0]]
 
     def fresh(self) -> HALO:
         """A copy in training mode that has not been called."""

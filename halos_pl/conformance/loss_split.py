@@ -58,8 +58,6 @@ def _ranks(case: HaloCase, step: Step) -> str | None:
 
     for count in (3,) if step.huge else (2, 3):
         parts = shares(rows, case.needs, step.seed, count)
-        if not parts:
-            return None
         jobs: list[Callable[[], Any]] = [on_rank(index) for index in parts]
         ranks = Ranks(count).run(jobs, namespaces(case.target))
         where = f"ranks of {' and '.join(str(len(index)) for index in parts)} rows"

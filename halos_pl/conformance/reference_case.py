@@ -222,6 +222,8 @@ def _rising(rows: LogProbBatch) -> Tensor:
 
 def first_difference(one: Tensor, other: Tensor, rewards: Tensor, rows: LogProbBatch) -> tuple[str, str] | None:
     """The first two numbers that differ between estimates [calls, n], among rows that carry a loss; else None."""
+    if not len(rows):
+        return None
     most = RELATIVE * (one.abs().max() + rewards.abs().max())
     wrong = (~((one - other).abs() <= most) & rows.labels.train).nonzero()
     return pair(float(one[tuple(wrong[0])]), float(other[tuple(wrong[0])])) if len(wrong) else None

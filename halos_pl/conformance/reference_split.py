@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from halos_pl.conformance.clause import explained
@@ -64,7 +65,8 @@ def _micro_batches(case: ReferencePointCase, step: Step) -> str | None:
     rows = case.rows(step)
     rewards = case.rewards(rows)
     z0 = case.estimates(rewards, rows, once=step.huge)
-    for index in case.parts(rows):
+    none = torch.tensor([], dtype=torch.long)  # of a rank that has fewer micro-batches than another
+    for index in (*case.parts(rows), none):
         part = case.estimates(rewards[index], rows.select(index), once=step.huge)
         wrong = first_difference(z0[:, index], part, rewards, rows.select(index))
         if wrong:
@@ -94,8 +96,6 @@ def _ranks(case: ReferencePointCase, step: Step) -> str | None:
     z0 = case.estimates(rewards, rows, once=step.huge)
     for count in (3,) if step.huge else (2, 3):
         parts = shares(rows, case.needs, step.seed, count)
-        if not parts:
-            return None
         jobs: list[Callable[[], Tensor]] = [
             lambda index=index: case.estimates(rewards[index], rows.select(index), once=step.huge)  # type: ignore[misc]
             for index in parts

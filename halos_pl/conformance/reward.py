@@ -227,10 +227,10 @@ def reward_of_its_row(case: RewardCase) -> str | None:
             witness = _differs(r[kept], case.called(case.fresh(), other)[kept])
             if witness:
                 return f"{witness} if other rows have other log-probs"
-        units = [] if step.huge else kept_together(rows, case.needs)
-        chosen = [units[0], units[-1], [i for unit in units[::2] for i in unit]] if units else []
-        for some in (*chosen, list(range(len(rows)))[::-1]):
-            index = torch.tensor(some)
+        units = kept_together(rows, case.needs)
+        chosen = units[0], units[-1], [i for unit in units[::2] for i in unit]
+        for some in (*chosen, [], list(range(len(rows)))[::-1]):  # a rank, or its last micro-batch, may have no rows
+            index = torch.tensor(some, dtype=torch.long)
             witness = _differs(r[index], case.called(case.fresh(), rows.select(index)))
             if witness:
                 return f"{witness} among {len(some)} of the {len(rows)} rows alone, or in another order"

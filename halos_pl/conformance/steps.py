@@ -344,14 +344,19 @@ def kept_together(rows: LogProbBatch, needs: Needs) -> list[list[int]]:
 
 
 def shares(rows: LogProbBatch, needs: Needs, seed: int, ranks: int) -> list[torch.Tensor]:
-    """Indices of the step's rows on each of ``ranks``, unequal numbers of them.
+    """Indices of the step's rows on each of ``ranks``, unequal numbers of them; in some steps, a rank has no rows.
 
-    Empty if a rank would have no row with a loss.
+    Mismatched rows are on ranks that have rows with a loss.
     """
     units = kept_together(rows, needs)
-    if len(units) < ranks:
-        return []
     draw = Random(seed)
-    cuts = [0, *sorted(draw.sample(range(1, len(units)), ranks - 1)), len(units)]
-    parts = [torch.tensor([i for unit in units[a:b] for i in unit]) for a, b in pairwise(cuts)]
-    return parts if all(bool(rows.labels.train[index].any()) for index in parts) else []
+    some = len(units) >= ranks and seed % 3
+    between = draw.sample(range(1, len(units)), ranks - 1) if some else draw.choices(range(len(units) + 1), k=ranks - 1)
+    cuts = [0, *sorted(between), len(units)]
+    parts = [[i for unit in units[a:b] for i in unit] for a, b in pairwise(cuts)]
+    with_loss = [part for part in parts if bool(rows.labels.train[part].any())]
+    for part in parts:
+        if part not in with_loss:
+            with_loss[0] += part
+            part.clear()
+    return [torch.tensor(part, dtype=torch.long) for part in parts]
