@@ -14,9 +14,10 @@ from halos_pl.conformance.clause import Clause, Law, explained
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.later import CALLS
 from halos_pl.conformance.reference_case import RELATIVE, ReferencePointCase, first_difference, untied
+from halos_pl.conformance.reference_slope import other_slope, other_slope_at_ties
 from halos_pl.conformance.reference_split import reference_split
-from halos_pl.conformance.steps import Step, gradient_of, with_leaf
-from halos_pl.conformance.witness import WrongShape, listed, number, pair
+from halos_pl.conformance.steps import Step, with_leaf
+from halos_pl.conformance.witness import WrongShape, listed, number
 from halos_pl.objective.halo import mean_of_tokens
 from halos_pl.objective.reference_points import Estimate, ReferencePoint
 
@@ -51,7 +52,9 @@ def reference_in_range(case: ReferencePointCase) -> str | None:
         same = case.fresh()
         seen = [expected]
         if step.huge:
-            return _outside(case, case.estimate(drawn, rows), torch.cat([drawn.double(), expected]), rows)
+            levels = (drawn, next(_levels(drawn, rows)))
+            outside = (_outside(case, case.estimate(r, rows), torch.cat([r.double(), expected]), rows) for r in levels)
+            return next((witness for witness in outside if witness), None)
         after = drawn.clone()
         with torch.no_grad():
             case.fresh()(after, case.shown(rows))
@@ -83,7 +86,7 @@ def reference_in_range(case: ReferencePointCase) -> str | None:
 
 def _levels(drawn: Tensor, rows: LogProbBatch) -> Iterator[Tensor]:
     """Rewards close together, away from 0, all the same, far out, and one far from all others."""
-    yield torch.full_like(drawn, 1.5)
+    yield torch.full_like(drawn, 1.3)  # which no binary number is equal to
     one = torch.where(torch.arange(len(rows)) == len(rows) // 2, -50.0, 1.0).to(drawn)
     yield one
     yield -one
@@ -243,10 +246,12 @@ def reference_permutation_equivariant(case: ReferencePointCase) -> str | None:
 def reference_detached(case: ReferencePointCase) -> str | None:
     """A reference point of scope "step" passes no gradient to the rewards or the policy, one of scope "row" all of it.
 
-    The gradient of scope "row" is that of z0 as a function of the rewards, by finite differences.
+    The gradient of scope "row" is that of z0 as a function of the rewards, by finite differences; also where all
+    rewards are equal, as in the first step of a run.
     """
     if case.target.scope != "step":
-        return case.smallest(partial(_other_slope, case), max(12, case.examples // 3))
+        slopes = case.smallest(partial(other_slope, case), max(12, case.examples // 3))
+        return slopes or case.smallest(partial(other_slope_at_ties, case), max(12, case.examples // 3))
 
     def fault(step: Step) -> str | None:
         same = case.fresh()
@@ -267,47 +272,6 @@ def reference_detached(case: ReferencePointCase) -> str | None:
         return None
 
     return case.smallest(fault, max(12, case.examples // 2))
-
-
-def _other_slope(case: ReferencePointCase, step: Step) -> str | None:
-    """Where autograd's gradient of z0 in the rewards, or directly in the log-probs, is not that of its values."""
-    draw = torch.Generator().manual_seed(step.seed)
-    for dtype in (torch.float64, torch.float32):
-        rows = case.rows(step, dtype)
-        policy, batch = with_leaf(rows, case.needs)
-        rewards = untied(case.rewards(rows)).requires_grad_()
-        z0 = case.fresh()(rewards, case.shown(batch)).value.expand(len(rows))[rows.labels.train]
-        weights = torch.rand(z0.shape, generator=draw, dtype=torch.float64) + 0.5
-        ways = [torch.rand(leaf.shape, generator=draw, dtype=torch.float64) for leaf in (rewards, policy)]
-        h = 1e-7 * (1 + float(rewards.detach().abs().max()))
-        for k, (what, leaf) in enumerate((("rewards", rewards), ("policy's log-probs", policy))):
-            slope = float((gradient_of((weights * z0).sum(), leaf, step.cotangent).double() * ways[k]).sum())
-            right = _rise(case, rows, rewards.detach(), weights, [ways[0], None] if k == 0 else [None, ways[1]], h)
-            if not abs(slope - right) <= 1e-3 * float(weights.sum() + abs(right)):
-                a, b = pair(slope, right)
-                by = "by autograd in float32" if dtype == torch.float32 else "by autograd"
-                return f"rewards {listed(rewards)}: slope {a} of z0 in the {what} {by}, {b} by its values"
-    return None
-
-
-def _rise(
-    case: ReferencePointCase,
-    rows: LogProbBatch,
-    rewards: Tensor,
-    weights: Tensor,
-    ways: list[Tensor | None],
-    h: float,
-) -> float:
-    """The slope of the weighted sum of z0 if rewards, and the policy's outputs, move in the given directions."""
-    ends = []
-    for by in (h, -h):
-        on_way, outputs = ways
-        there = with_leaf(rows, case.needs)[1].detach()
-        if outputs is not None:
-            there = replace(there, policy_logps=there.policy_logps + by * outputs[:, : rows.mask.shape[1]])
-        z0 = case.estimate(rewards.double() if on_way is None else rewards.double() + by * on_way, there)
-        ends.append(float((weights * z0[rows.labels.train]).sum()))
-    return (ends[0] - ends[1]) / (2 * h)
 
 
 @explained(
