@@ -228,7 +228,8 @@ def reward_of_its_row(case: RewardCase) -> str | None:
             if witness:
                 return f"{witness} if other rows have other log-probs"
         units = kept_together(rows, case.needs)
-        chosen = units[0], units[-1], [i for unit in units[::2] for i in unit]
+        largest = next(unit for unit in units if int(r.abs().argmax()) in unit)  # others may have a reward of 0
+        chosen = units[0], largest, units[-1], [i for unit in units[::2] for i in unit]
         for some in (*chosen, [], list(range(len(rows)))[::-1]):  # a rank, or its last micro-batch, may have no rows
             index = torch.tensor(some, dtype=torch.long)
             witness = _differs(r[index], case.called(case.fresh(), rows.select(index)))

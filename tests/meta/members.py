@@ -9,6 +9,7 @@ from random import Random
 import objective_mutants
 import part_families
 import part_mutants
+import step_families
 import value_call_mutants
 import value_mutants
 import value_state_mutants
@@ -29,6 +30,7 @@ MUTANTS: list[Mutant] = [
     *part_mutants.MUTANTS,
     *part_families.MUTANTS,
     *objective_mutants.MUTANTS,
+    *step_families.MUTANTS,
 ]
 
 
@@ -49,6 +51,7 @@ PARTS: dict[str, Callable[[Random], nn.Module]] = {
     **{name: _fixed(name) for name in SOUND_PARTS},
     "a sum of another class that adds nothing": Sound(TRAINING, lambda rng: LoggingSum([objective_mutants.halo()])),
     **part_families.SOUND,
+    **step_families.SOUND,
 }
 SOUND = VALUES | PARTS
 

@@ -16,6 +16,7 @@ import objective_mutants
 import part_families
 import part_mutants
 import pytest
+import step_families
 import torch
 from members import MUTANTS, PARTS, SOUND, VALUES, kind_of, report_on, unshrunk, witness_against
 from mutant import CLAUSES, KIND_OF, KINDS, PROCESS, Mutant, draws
@@ -25,7 +26,7 @@ from halos_pl.batch import Needs
 from halos_pl.conformance import CheckFailed, check_halo
 from halos_pl.conformance.check import checks_of, reports
 from halos_pl.conformance.smallest import _halved, smallest
-from halos_pl.conformance.steps import Step
+from halos_pl.conformance.steps import Step, large_steps, shares
 from halos_pl.conformance.witness import Raised
 from halos_pl.objective.feedback import Binary
 from halos_pl.objective.reference_points import MismatchedKL
@@ -122,6 +123,13 @@ def test_what_a_part_has_not_asked_for_is_none(field, formula):
 
 
 @pytest.mark.usefixtures("unshrunk")
+@pytest.mark.parametrize("clause", step_families.FAILS_WITHOUT_ROWS)
+def test_a_part_that_fails_on_a_rank_without_rows_is_caught(clause):
+    checks = checks_of(step_families.FAILS_WITHOUT_ROWS[clause]()).clauses
+    assert isinstance(next(check for check in checks if check.name == clause).witness(), Raised)
+
+
+@pytest.mark.usefixtures("unshrunk")
 def test_a_reward_that_sees_the_pair_runs_and_is_no_function_of_x_and_y():
     report = check_halo(part_families.shared_length(Random(0)), on_fail="report", max_examples=20)
     assert report.verdict == "halo-shaped: reward is not a function of (x, y)"
@@ -186,6 +194,26 @@ def test_the_witness_is_that_of_the_smallest_step_at_fault():
 
     assert smallest(fault, Needs()) == "3 0 2"
     assert _halved(fault, Step(units=12, tokens=8, mismatched=4), "12 4 8") == "3 1 2"
+
+
+@pytest.mark.parametrize("needs", [Needs(), Needs(pairs=True), Needs(groups=True), Needs(pairs=True, mismatched=True)])
+def test_some_rows_of_either_class_have_the_largest_number_of_tokens(needs):
+    rows = max((step for step in large_steps(needs)), key=lambda step: step.tokens).rows()
+    full = rows.mask.sum(dim=1) == 8192
+    for kind in (rows.labels.desirable, ~rows.labels.desirable):
+        assert (full & kind & rows.labels.train).any()
+    assert (full & rows.labels.mismatched).any() == rows.labels.mismatched.any()
+
+
+def test_ranks_share_the_rows_of_a_step_and_some_have_none():
+    sizes = set()
+    for seed in range(30):
+        rows = Step(seed=seed, units=1 + seed % 7, mismatched=seed % 4).rows()
+        parts = shares(rows, Needs(), seed, 3)
+        assert sorted(torch.cat(parts).tolist()) == list(range(len(rows)))
+        assert all(bool(rows.labels.train[part].any()) for part in parts if len(part))
+        sizes |= {len(part) for part in parts}
+    assert {0, 1, 2} <= sizes
 
 
 def test_every_clause_has_at_least_two_mutants():
