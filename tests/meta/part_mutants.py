@@ -103,9 +103,9 @@ REWARDS = [
         lambda rows: ratio(rows) / rows.mask.sum(1).to(rows.policy_logps).mean(),
     ),
     reward(
-        "divides by the batch's largest",
+        "divides by the batch's total",
         "reward_of_its_row",
-        lambda rows: ratio(rows) / (1 + rows.reference_logps.abs().max()),  # type: ignore[union-attr]
+        lambda rows: ratio(rows) / (1 + rows.reference_logps.abs().sum()),  # type: ignore[union-attr]
     ),
     reward(
         "times the number of desirable rows",
