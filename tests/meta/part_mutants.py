@@ -499,7 +499,7 @@ REFERENCES = [
         ("reference_detached", "reference_split"),
         lambda r, rows: (torch.softmax(r[rows.labels.train], 0) * r[rows.labels.train]).sum(),
     ),
-    estimate("largest of this rank", "reference_split", lambda r, rows: own(r, rows).max()),
+    estimate("largest of this rank", "reference_split", lambda r, rows: own(r, rows).sort().values[-1:].sum()),
     estimate("mean of this rank", "reference_split", lambda r, rows: own(r, rows).mean()),
     estimate("mean of rank means", "reference_split", mean_of_rank_means),
     estimate("mean of each micro-batch", "reference_split", lambda r, rows: mean(own(r, rows)), scope="row"),
