@@ -229,7 +229,7 @@ def feedback_deterministic(case: FeedbackCase) -> str | None:
         """,
     cure="""Return a sum over this rank's rows as the denominator, such as rows.labels.train.sum().float(), not a mean
     or a constant. If weights depend on counts over the step, sum these counts first with
-    halos_pl.distributed.sum_over_ranks.""",
+    halos_pl.distributed.sum_over_ranks. A rank may have no rows, and no rows have no maximum.""",
 )
 def feedback_split(case: FeedbackCase) -> str | None:
     """A row gets the same judgement in any order, with any padding, any numbers of prompts and on any rank.
