@@ -153,9 +153,9 @@ class Algebra:
         """How many knots are below x, or at most x."""
         values = [self.p.value(k) for k in knots]
         known = [value for value in values if value is not None]
-        if len(known) == len(values) and known == sorted(known):
-            return self.p.node("up_to" if with_equal else "below", x, *knots)
-        return self.total([self.compare("le" if with_equal else "lt", k, x) for k in knots])
+        if len(known) < len(values) or known != sorted(known):
+            raise NoRuleError("boundaries are not ascending constants")
+        return self.p.node("up_to" if with_equal else "below", x, *knots)
 
     def atan2(self, y: int, x: int) -> int:
         value = self.p.value(x)

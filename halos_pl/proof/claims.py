@@ -106,7 +106,7 @@ class Prover:
         deadline: float = float("inf"),
     ) -> None:
         self.nodes, self.parameters, self.samples = nodes, parameters, samples
-        plain = {"u", "parameter", "constant", "add", "mul", "div", "lookup", *CHOICES}
+        plain = {"u", "parameter", "constant", "add", "mul", "div", "lookup", "within", *CHOICES}
         functions = sum(name not in plain for name, *_ in nodes)
         self.field = Field(list(parameters), 24 + len(parameters) + 8 * functions)
         self.field.deadline = deadline

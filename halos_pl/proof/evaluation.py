@@ -190,7 +190,7 @@ class Evaluation:
             return self.field.constant(Fraction(str(operands[0])))
         if name == "add":
             return self.field.total(xs)
-        if name in _BRANCHING:
+        if name in (*_BRANCHING, "within"):
             return xs[0]
         if name == "mul":
             return xs[0] * xs[1]

@@ -24,6 +24,11 @@ def truth(program: Program, ids: Tensor) -> Tensor:
     return _each(Algebra(program).truth, ids)
 
 
+def within(program: Program, ids: Tensor) -> Tensor:
+    """Whole numbers, which must be in the range of their dtype."""
+    return _each(lambda x: x if program.is_small(x) else program.node("within", x), ids)
+
+
 def _each(rule: Callable[..., int], *ids: Any) -> Tensor:
     """``rule`` for each element of the operands, which are broadcast."""
     same = torch.broadcast_tensors(*ids)
@@ -115,9 +120,6 @@ def _elementwise(a: Algebra) -> dict[str, Callable[..., int]]:
         "bitwise_or": lambda x, y: a.greatest(a.truth(x), a.truth(y)),
         "logical_not": lambda x: p.sub(one, a.truth(x)),
         "bitwise_not": lambda x: p.sub(one, a.truth(x)),
-        "isnan": lambda x: a.c(0),
-        "isinf": lambda x: a.c(0),
-        "isfinite": lambda x: one,
     }
 
 
@@ -163,6 +165,8 @@ def _bucket(a: Algebra, name: str, args: list[Any], kwargs: dict[str, Any]) -> T
     else:
         ids, knots = args[0], args[1]
         right = kwargs.get("right", args[3] if len(args) > 3 else False)
+    if kwargs.get("sorter") is not None:
+        raise NoRuleError(f"no rule for {name} with a sorter")
     if knots.dim() != 1:
         raise NoRuleError(f"{name} with one row of boundaries for each outcome")
     return _each(lambda x: a.count(x, knots.tolist(), bool(right)), ids)
@@ -238,7 +242,7 @@ def lower(program: Program, name: str, args: list[Any], kwargs: dict[str, Any]) 
         return _bucket(a, name, args, kwargs)
     if name in ("index", "gather", "index_select", "take", "embedding"):
         return _indexed(a, name, [args[0], 0, args[1]] if name == "embedding" else args)
-    if name in ("mm", "mv", "dot", "addmm"):
+    if name in ("mm", "mv", "dot", "addmm") and not kwargs:
         return _matrix(a, name, args)
     if name in ("clamp", "clamp_min", "clamp_max"):
         keys = {"clamp": ["low", "high"], "clamp_min": ["low"], "clamp_max": ["high"]}[name]

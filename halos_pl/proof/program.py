@@ -8,7 +8,8 @@ from fractions import Fraction
 
 # Number of operands of each operation; None: any number. ``lookup`` takes an index and the entries of a table;
 # ``less``, ``at_most`` and ``equal`` take d, a, b and give a where d < 0, d <= 0 or d = 0, else b. ``below`` and
-# ``up_to`` take x and ascending constants, and count those below x or at most x.
+# ``up_to`` take x and ascending constants, and count those below x or at most x. ``within`` is x, which must be between
+# -2^31 and 2^31.
 OPERATIONS: dict[str, int | None] = {
     "add": None,
     "mul": 2,
@@ -30,6 +31,7 @@ OPERATIONS: dict[str, int | None] = {
     "below": None,
     "up_to": None,
     "log_ndtr": 1,
+    "within": 1,
 }
 CHOICES, COUNTS = ("less", "at_most", "equal"), ("below", "up_to")
 Node = tuple[str, *tuple[int | str, ...]]
@@ -106,6 +108,17 @@ class Program:
             return self.constant(1) if y == 0 else a if y == 1 else self.constant(Fraction(x or 0) ** int(y))
         return self.node("pow", a, b)
 
+    def is_small(self, index: int) -> bool:
+        """Whether it is a count, or one of some constants, and so between -2^31 and 2^31."""
+        todo = [index]
+        while todo:
+            name, *operands = self.nodes[todo.pop()]
+            if name in CHOICES:
+                todo += [int(x) for x in operands[1:]]
+            elif name not in COUNTS and not (name == "constant" and abs(Fraction(str(operands[0]))) < 2**31):
+                return False
+        return True
+
     def choose(self, relation: str, d: int, a: int, b: int) -> int:
         """a where d < 0 (``less``), d <= 0 (``at_most``) or d = 0 (``equal``), else b."""
         value = self.value(d)
@@ -134,6 +147,8 @@ class Program:
                 todo.append((old, True))
                 todo += [(x, False) for x in reversed(operands) if isinstance(x, int)]
                 continue
+            if name == "unwritten":
+                raise ValueError("it reads a tensor before it writes it")
             if name == "u":
                 if operands != [str(row)]:
                     raise ValueError("rows influence each other")

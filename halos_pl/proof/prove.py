@@ -14,7 +14,8 @@ from halos_pl.proof.claims import CLAIMS, Claim, Decision, Prover, Status
 from halos_pl.proof.evaluation import UndecidedError
 from halos_pl.proof.interval import INF, NEGATIVE_INF, REALS, Interval
 from halos_pl.proof.program import Node, rational
-from halos_pl.proof.trace import Symbol, UntraceableError, trace
+from halos_pl.proof.recorder import UntraceableError
+from halos_pl.proof.trace import Symbol, trace
 
 # Values at which learnable parameters are tried for a witness, beside their own.
 _TRIED = (Fraction(-1), Fraction(1), Fraction(-3), Fraction(3))
@@ -76,8 +77,9 @@ def _unknowns(v: nn.Module) -> tuple[Unknowns, Unknowns]:
     hyper: Unknowns = {}
     for path, module in v.named_modules():
         prefix = f"{path}." if path else ""
-        for name, _ in module.named_parameters(recurse=False):
-            learnable[prefix + name] = (Symbol(module, name), REALS)
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.requires_grad:
+                learnable[prefix + name] = (Symbol(module, name), REALS)
         for name, limits in getattr(module, "ranges", {}).items():
             value = vars(module).get(name)
             interval = Interval.of(

@@ -1,137 +1,22 @@
-"""Records the operations of a value function on an expression graph; refuses what cannot be recorded faithfully."""
+"""The expression of a value function: recorded in several ways, which must agree."""
 
 from __future__ import annotations
 
-import sys
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from halos_pl.proof import lowering
-from halos_pl.proof.algebra import NoRuleError
-from halos_pl.proof.program import Node, Program
+from halos_pl.proof.program import Node
+from halos_pl.proof.recorder import Recorded, Recorder, UntraceableError, refusals, refused
 
-_SKIPPED = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-_RANDOM = ("rand", "bernoulli", "dropout", "normal", "uniform", "multinomial", "poisson", "exponential", "geometric")
-# Their result depends on the shape of their operand alone.
-_CREATE = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "empty_like", "new_empty"}
-_IGNORED = {"_to_copy", "clone", "detach", "alias", "lift_fresh", "lift_fresh_copy", "nan_to_num", "contiguous"}
-_MOVES = {
-    *("view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice"),
-    *("select", "as_strided", "unbind", "split", "split_with_sizes", "chunk", "cat", "stack", "flip", "roll", "repeat"),
-    *("movedim", "narrow", "diagonal", "unfold", "repeat_interleave", "broadcast_to", "flatten", "copy", "tile"),
-}
-
-
-class UntraceableError(ValueError):
-    """v cannot be recorded; the message says where and why."""
-
-
-def _place() -> str:
-    """``file:line`` of the innermost frame outside torch and this package."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_SKIPPED):
-        frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-
-
-def refused(why: str) -> UntraceableError:
-    """The error that names the line that is running."""
-    return UntraceableError(f"cannot be traced at {_place()}: {why}")
-
-
-class _Recorder(TorchDispatchMode):
-    """Runs operations as usual, and keeps a graph node for each element of each tensor that depends on inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.program = Program()
-        self.ids: dict[int, Tensor] = {}
-        self.kept: list[Tensor] = []  # a tensor's id is only unique while it lives
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """False: skipping it means importing it, which takes long."""
-        return False
-
-    def track(self, tensor: Tensor, ids: Tensor) -> None:
-        """Notes the nodes of a tensor's elements, an int64 tensor of its shape."""
-        self.kept.append(tensor)
-        self.ids[id(tensor)] = ids
-
-    def nodes_of(self, x: Tensor) -> Tensor:
-        """Nodes of the elements of a tensor; constants for one that does not depend on inputs."""
-        if id(x) in self.ids:
-            return self.ids[id(x)]
-        values = x.detach().reshape(-1).tolist()
-        if not all(abs(value) < float("inf") for value in values):
-            raise refused("a constant is infinite or not a number")
-        ids = [self.program.constant(int(v) if isinstance(v, bool) else v) for v in values]
-        return torch.tensor(ids, dtype=torch.int64).view(x.shape)
-
-    def _tracked(self, args: Any) -> bool:
-        if isinstance(args, Tensor):
-            return id(args) in self.ids
-        return isinstance(args, list | tuple) and any(map(self._tracked, args))
-
-    def _lifted(self, args: Any) -> Any:
-        if isinstance(args, Tensor):
-            return self.nodes_of(args)
-        return type(args)(map(self._lifted, args)) if isinstance(args, list | tuple) else args
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        if any(word in name for word in _RANDOM):
-            raise refused(f"{name} is random")
-        if not self._tracked([*args, *kwargs.values()]):
-            return func(*args, **kwargs)
-        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "item"):
-            raise refused("the code depends on the value of a tensor")
-        if name.endswith("_") and not name.endswith("__"):
-            return self._in_place(func, name.rstrip("_"), args, kwargs)
-        out = func(*args, **kwargs)
-        if name not in _CREATE:
-            with torch.utils._python_dispatch._disable_current_modes():
-                self._record(func, name, args, kwargs, out)
-        return out
-
-    def _in_place(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        target = args[0]
-        storage = target.untyped_storage().data_ptr()
-        if any(other is not target and other.untyped_storage().data_ptr() == storage for other in self.kept):
-            raise refused(f"{name}_ changes a tensor in place that has another view")
-        with torch.utils._python_dispatch._disable_current_modes():
-            before = self.nodes_of(target)
-        out = func(*args, **kwargs)
-        with torch.utils._python_dispatch._disable_current_modes():
-            self.track(target, before)
-            self._record(func, name, args, kwargs, target)
-        return out
-
-    def _record(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        ids = self._lifted(list(args))
-        keywords = {key: self._lifted(value) for key, value in kwargs.items()}
-        if name in _IGNORED:
-            result = ids[0]
-            if name == "_to_copy" and not out.is_floating_point() and args[0].is_floating_point():
-                lowered = lowering.truth if out.dtype == torch.bool else lowering.whole
-                result = lowered(self.program, ids[0])
-        elif name in _MOVES:
-            result = ids[1] if name == "copy" else func(*ids, **keywords)
-        else:
-            try:
-                result = lowering.lower(self.program, name, ids, keywords)
-            except NoRuleError as error:
-                raise refused(str(error)) from error
-        outs, results = (out, result) if isinstance(out, list | tuple) else ([out], [result])
-        for tensor, nodes in zip(outs, results, strict=False):
-            self.track(tensor, nodes.expand(tensor.shape))
+# Constants of float32 and float64 may differ by a share of this size, and a sum of them by this number.
+_ROUNDED = Fraction(1, 2**16)
 
 
 @contextmanager
@@ -149,19 +34,6 @@ def _own_backwards_refused() -> Iterator[None]:
         yield
     finally:
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
-
-
-@contextmanager
-def _values(parameters: Mapping[str, Symbol], moved: bool) -> Iterator[dict[str, Tensor]]:
-    """Puts a tensor in the place of each parameter; ``moved``: of another value, which must not change the graph."""
-    placed = {}
-    try:
-        for name, symbol in parameters.items():
-            placed[name] = symbol.place(0.25 if moved else 0.0)
-        yield placed
-    finally:
-        for symbol in parameters.values():
-            symbol.restore()
 
 
 class Symbol:
@@ -182,63 +54,173 @@ class Symbol:
         """The number itself, or the learnable tensor."""
         return self.before if self.index is None else self.before[self.index]
 
-    def place(self, shift: float) -> Tensor:
-        """Replaces the number by a float64 tensor, moved by ``shift`` of itself; returns it."""
+    def place(self, tensor: Recorded) -> None:
+        """Puts a tensor without numbers in the place of the number."""
         if isinstance(self.before, nn.Parameter):
-            self.saved = self.before.detach().clone()
-            self.before.data.mul_(1 + shift).add_(shift / 4)
-            return self.before
-        tensor = torch.tensor(self.value * (1 + shift), dtype=torch.float64)
-        if self.index is None:
+            tensor._is_param = True  # type: ignore[attr-defined]
+            self.module._parameters[self.name] = tensor  # type: ignore[assignment]
+        elif self.index is None:
             setattr(self.module, self.name, tensor)
         else:
             now = getattr(self.module, self.name)
             setattr(self.module, self.name, [*now[: self.index], tensor, *now[self.index + 1 :]])
-        return tensor
 
     def restore(self) -> None:
         """Puts the number back."""
         if isinstance(self.before, nn.Parameter):
-            if hasattr(self, "saved"):
-                self.before.data.copy_(self.saved)
+            self.module._parameters[self.name] = self.before
         else:
             setattr(self.module, self.name, self.before)
 
 
-def _traced(
-    v: Callable[[Tensor], Tensor], u: Tensor, parameters: Mapping[str, Symbol], moved: bool
-) -> list[tuple[Node, ...]]:
-    """The graph of each row."""
-    with _values(parameters, moved) as placed, _own_backwards_refused():
-        recorder = _Recorder()
-        program = recorder.program
-        recorder.track(u, torch.tensor([program.node("u", str(row)) for row in range(len(u))]))
-        for name, tensor in placed.items():
-            names = [name] if tensor.dim() == 0 else [f"{name}[{i}]" for i in range(tensor.numel())]
-            ids = torch.tensor([program.node("parameter", each) for each in names])
-            recorder.track(tensor, ids.view(tensor.shape))
-        try:
-            with recorder:
-                out = v(u)
-        except UntraceableError:
-            raise
-        except Exception as error:
-            raise refused(f"{type(error).__name__}: {' '.join(str(error).split())[:120]}") from error
-        if not isinstance(out, Tensor) or out.shape != u.shape:
-            raise UntraceableError("cannot be traced: v returns something else than a tensor of the shape of u")
-        with torch.utils._python_dispatch._disable_current_modes():
-            ids = recorder.nodes_of(out)
+@contextmanager
+def _placed(parameters: Mapping[str, Symbol], recorder: Recorder) -> Iterator[None]:
+    """Puts unknowns in the place of parameters; one that has several names is one unknown."""
+    shared: dict[int, Recorded] = {}
     try:
-        return [program.of_row(int(output), row) for row, output in enumerate(ids.tolist())]
+        for name, symbol in parameters.items():
+            learnable = isinstance(symbol.before, nn.Parameter)
+            if not (learnable and id(symbol.before) in shared):
+                shape = symbol.before.shape if learnable else torch.Size([])
+                names = [name] if not shape else [f"{name}[{i}]" for i in range(shape.numel())]
+                ids = torch.tensor([recorder.program.node("parameter", each) for each in names]).view(shape)
+                dtype = symbol.before.dtype if learnable else torch.float64
+                tensor = Recorded(ids, dtype, requires_grad=learnable)
+                if learnable:
+                    shared[id(symbol.before)] = tensor
+            symbol.place(shared[id(symbol.before)] if learnable else tensor)
+        yield
+    finally:
+        for symbol in parameters.values():
+            symbol.restore()
+
+
+def _state(v: nn.Module) -> dict[tuple[int, str], list[Any]]:
+    """What the modules and classes of v keep between calls, by owner and name; other objects after a change of it."""
+    kept: dict[tuple[int, str], list[Any]] = {}
+    modules = list(v.modules())
+    classes = {c for m in modules for c in type(m).__mro__ if not c.__module__.startswith(("torch", "builtins", "abc"))}
+    for owner in (*modules, *classes):
+        for name, value in list(vars(owner).items()):
+            if name not in ("training", "_abc_impl") and not name.startswith("__"):
+                items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+                kept[id(owner), name] = [value, *items, *(x._version for x in items if isinstance(x, Tensor))]
+    return kept
+
+
+@contextmanager
+def _stateless(v: nn.Module) -> Iterator[None]:
+    """Refuses code that changes the module or draws a random number; its attributes are put back."""
+    before, attributes, dice = _state(v), [(m, dict(vars(m))) for m in v.modules()], random.getstate()
+    try:
+        yield
+    finally:
+        after = _state(v)
+        changed = {key for key in before.keys() | after.keys() if not _same(before.get(key, []), after.get(key, []))}
+        for module, values in attributes:
+            if any(owner == id(module) for owner, _ in changed):
+                vars(module).clear()
+                vars(module).update(values)
+    if changed:
+        raise UntraceableError(f"cannot be traced: v keeps state in {', '.join(sorted(name for _, name in changed))}")
+    if random.getstate() != dice:
+        raise UntraceableError("cannot be traced: v is random")
+
+
+def _same(before: list[Any], after: list[Any]) -> bool:
+    """Whether the objects are the same; versions of tensors are compared by value."""
+    pairs = zip(before, after, strict=False)
+    return len(before) == len(after) and all(a is b or (type(a) is type(b) is int and a == b) for a, b in pairs)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How v is called when it is recorded."""
+
+    text: str
+    shape: tuple[int, ...] = (2,)
+    dtype: torch.dtype = torch.float64
+    training: bool = True
+    gradients: bool = True
+    inference: bool = False
+
+
+_WAYS = (
+    _Way(""),
+    _Way("for a single outcome", (1,)),
+    _Way("for a batch of 5", (5,)),
+    _Way("for a table of outcomes", (2, 2)),
+    _Way("in float32", dtype=torch.float32),
+    _Way("without gradients", gradients=False),
+    _Way("in inference mode", gradients=False, inference=True),
+    _Way("in evaluation", training=False),
+)
+
+
+def _traced(v: Callable[[Tensor], Tensor], way: _Way, parameters: Mapping[str, Symbol]) -> list[tuple[Node, ...]]:
+    """The graph of each outcome."""
+    originals = [symbol.before for symbol in parameters.values() if isinstance(symbol.before, nn.Parameter)]
+    recorder = Recorder(originals)
+    refusals.clear()
+    count = torch.Size(way.shape).numel()
+    rows = torch.tensor([recorder.program.node("u", str(row)) for row in range(count)]).view(way.shape)
+    with _own_backwards_refused():
+        try:
+            with torch.inference_mode(way.inference), torch.set_grad_enabled(way.gradients):
+                with _placed(parameters, recorder):
+                    u = Recorded(rows, way.dtype, requires_grad=way.gradients)
+                    with recorder:
+                        out = v(u)
+        except UntraceableError:
+            raise refusals[0] from None
+        except Exception as error:
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            raise (refusals[0] if refusals else refused(text, error.__traceback__)) from error
+    if refusals:  # and the code went on
+        raise refusals[0]
+    if not isinstance(out, Tensor) or out.shape != way.shape:
+        raise UntraceableError("cannot be traced: v returns something else than a tensor of the shape of u")
+    if out.dtype not in (torch.float32, torch.float64):
+        raise UntraceableError(f"cannot be traced: v returns {str(out.dtype).removeprefix('torch.')}")
+    ids = recorder.nodes_of(out)
+    try:
+        return [recorder.program.of_row(output, row) for row, output in enumerate(ids.reshape(-1).tolist())]
     except ValueError as error:
         raise UntraceableError(f"cannot be traced: {error}") from error
 
 
-def trace(v: nn.Module, parameters: Mapping[str, Symbol]) -> tuple[Node, ...]:
-    """The expression of v(u), equal for all rows.
+def _alike(one: tuple[Node, ...], other: tuple[Node, ...]) -> bool:
+    """Whether two expressions are the same but for the rounding of constants in float32."""
+    if one == other:
+        return True
+    seen: set[tuple[int, int]] = set()
+    todo = [(len(one) - 1, len(other) - 1)]
+    while todo:
+        pair = todo.pop()
+        if pair in seen:
+            continue
+        seen.add(pair)
+        (name, *xs), (other_name, *ys) = one[pair[0]], other[pair[1]]
+        if name == other_name == "constant":
+            a, b = Fraction(str(xs[0])), Fraction(str(ys[0]))
+            if abs(a - b) > _ROUNDED * max(abs(a), abs(b)):
+                return False
+        elif name != other_name or len(xs) != len(ys):
+            return False
+        else:
+            for x, y in zip(xs, ys, strict=True):
+                if isinstance(x, int) and isinstance(y, int):
+                    todo.append((x, y))
+                elif x != y:
+                    return False
+    return True
 
-    It is recorded several times: for other outcomes, other batch sizes and other values of the parameters, in training
-    and in evaluation, with and without gradients. All recordings must agree.
+
+def trace(v: nn.Module, parameters: Mapping[str, Symbol]) -> tuple[Node, ...]:
+    """The expression of v(u), equal for all outcomes.
+
+    It is recorded several times: for other batch sizes and shapes, in float32, in training and in evaluation, with and
+    without gradients. All recordings must agree. No numbers are there that the code could look at.
 
     Args:
         v: a value function.
@@ -248,25 +230,17 @@ def trace(v: nn.Module, parameters: Mapping[str, Symbol]) -> tuple[Node, ...]:
         UntraceableError: v is random, keeps state, looks at the values of tensors, has a backward of its own, or uses
             an operation without a rule; the message names the line.
     """
-    first = torch.tensor([0.37, -0.61], dtype=torch.float64)
-    ways: list[tuple[str, Tensor, bool, bool, bool]] = [
-        ("", first, False, True, True),
-        ("for other outcomes", torch.tensor([-41.3, 5.2e3, 1e-3], dtype=torch.float64), False, True, True),
-        ("without gradients", first, False, True, False),
-        ("in evaluation", first, False, False, True),
-    ]
-    if parameters:
-        ways.append(("for other parameters", first, True, True, True))
     modes = {module: module.training for module in v.modules()}
     graph: tuple[Node, ...] | None = None
     try:
-        for how, u, moved, training, gradients in ways:
-            v.train(training)
-            with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-                rows = _traced(v, u.clone().requires_grad_(gradients), parameters, moved)
+        for way in _WAYS:
+            v.train(way.training)
+            with _stateless(v):
+                rows = _traced(v, way, parameters)
             graph = rows[0] if graph is None else graph
-            if any(row != graph for row in rows):
-                raise UntraceableError(f"cannot be traced: v is another function {how or 'for each row'}")
+            same = _alike if way.dtype == torch.float32 else tuple.__eq__
+            if not all(same(graph, row) for row in rows):
+                raise UntraceableError(f"cannot be traced: v is another function {way.text or 'for each row'}")
     finally:
         for module, training in modes.items():
             module.training = training
