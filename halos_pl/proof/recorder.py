@@ -171,7 +171,8 @@ class Recorder(TorchDispatchMode):
             raise refused(f"{name} writes what depends on u into a tensor that does not; zeros_like(u) makes one that does")
         with torch.utils._python_dispatch._disable_current_modes():
             try:
-                out = func(*tree_map_only(Tensor, _empty, args), **tree_map_only(Tensor, _empty, kwargs))
+                meta = tree_map_only(torch.device, lambda _: torch.device("meta"), kwargs)
+                out = func(*tree_map_only(Tensor, _empty, args), **tree_map_only(Tensor, _empty, meta))
             except Exception as error:
                 raise refused(f"{name}: {' '.join(str(error).split())[:120]}") from error
             if changes:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from halos_pl.proof.program import Node
 from halos_pl.proof.recorder import Recorded, Recorder, UntraceableError, refusals, refused
 
-# Constants of float32 and float64 may differ by a share of this size, and a sum of them by this number.
+# Constants of float32 and float64 may differ by this share, those of a table by this share of the largest.
 _ROUNDED = Fraction(1, 2**16)
 
 
@@ -191,28 +191,29 @@ def _traced(v: Callable[[Tensor], Tensor], way: _Way, parameters: Mapping[str, S
 
 def _alike(one: tuple[Node, ...], other: tuple[Node, ...]) -> bool:
     """Whether two expressions are the same but for the rounding of constants in float32."""
-    if one == other:
-        return True
     seen: set[tuple[int, int]] = set()
-    todo = [(len(one) - 1, len(other) - 1)]
+    todo = [] if one == other else [(len(one) - 1, len(other) - 1)]
     while todo:
         pair = todo.pop()
         if pair in seen:
             continue
         seen.add(pair)
         (name, *xs), (other_name, *ys) = one[pair[0]], other[pair[1]]
-        if name == other_name == "constant":
-            a, b = Fraction(str(xs[0])), Fraction(str(ys[0]))
-            if abs(a - b) > _ROUNDED * max(abs(a), abs(b)):
-                return False
-        elif name != other_name or len(xs) != len(ys):
+        if name != other_name or len(xs) != len(ys):
             return False
-        else:
-            for x, y in zip(xs, ys, strict=True):
-                if isinstance(x, int) and isinstance(y, int):
-                    todo.append((x, y))
-                elif x != y:
+        largest = Fraction(0)  # of the constants of a table
+        constants: list[tuple[Fraction, Fraction]] = []
+        for x, y in zip(xs, ys, strict=True):
+            if not (isinstance(x, int) and isinstance(y, int)):
+                if x != y:
                     return False
+            elif one[x][0] == other[y][0] == "constant":
+                constants.append((Fraction(str(one[x][1])), Fraction(str(other[y][1]))))
+                largest = max(largest, abs(constants[-1][0]))
+            else:
+                todo.append((x, y))
+        if any(abs(a - b) > _ROUNDED * largest for a, b in constants):
+            return False
     return True
 
 
