@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from typing import Literal
 
 from flint import arb
 
-from halos_pl.proof.element import Element, TooLargeError
-from halos_pl.proof.evaluation import Evaluation, Undecided, UndecidedError
+from halos_pl.proof.element import TOLERANCE, Element, TooLargeError, UndecidedError
+from halos_pl.proof.evaluation import Evaluation, Undecided
 from halos_pl.proof.exponentials import in_one_exponential
 from halos_pl.proof.field import Field
 from halos_pl.proof.interval import Interval, ball
 from halos_pl.proof.jumps import difference
-from halos_pl.proof.pieces import Piece, Seam, Splitter
+from halos_pl.proof.pieces import Piece, Seam, Splitter, monic
 from halos_pl.proof.point import ordered, value_at
 from halos_pl.proof.program import CHOICES, Node
 from halos_pl.proof.roots import Bound, between, span
@@ -23,6 +24,7 @@ from halos_pl.proof.signs import Box, UndefinedError
 
 Status = Literal["proved", "disproved", "undecided"]
 MOST_CELLS, FEW_CELLS = 400, 50
+MOST_ASSUMED = 3  # choices at a seam that depend on parameters
 _SHARE = Fraction(1, 2**40)
 
 
@@ -111,7 +113,6 @@ class Prover:
         self.field = Field(list(parameters), 24 + len(parameters) + 8 * functions)
         self.field.deadline = deadline
         self.splitter = Splitter(nodes, self.field, parameters)
-        self._no_equalities = all(name != "equal" for name, *_ in nodes)
         try:
             self.pieces, self.seams = self.splitter.pieces()
         except TooLargeError as error:
@@ -134,6 +135,8 @@ class Prover:
                 self._on(claim, number, piece, decision)
             for seam in self.seams:
                 self._across(claim, seam, decision)
+            if self.splitter.undefined:
+                raise UndecidedError(self.splitter.undefined)
         except (UndecidedError, TooLargeError, UndefinedError, ZeroDivisionError) as error:
             decision.status, decision.reason = "undecided", str(error)
         except _Disproved as found:
@@ -224,8 +227,7 @@ class Prover:
                     continue
                 before, after = (self._limit(p.expression, seam, box) for p in (left, right))
                 self._step(claim, before, after, 0 if claim.order == 2 else 1, seam, box, decision)
-                if seam.root is not None:
-                    at = self._value_at(seam, left, box)
+                for at in self._values_at(seam, box):
                     self._step(claim, before, at, 0 if claim.order == 2 else 1, seam, box, decision)
                     self._step(claim, at, after, 0 if claim.order == 2 else 1, seam, box, decision)
                 if claim.order == 2:
@@ -273,26 +275,48 @@ class Prover:
             raise UndecidedError(f"{seam.label}: {error}") from error
         return at
 
-    def _value_at(self, seam: Seam, piece: Piece, box: Box) -> Element:
-        assert seam.root is not None
+    def _values_at(self, seam: Seam, box: Box) -> list[Element]:
+        """What v may be at a seam: more than one value where a choice there depends on parameters."""
+        root, found = self.field.u if seam.root is None else seam.root, list[Element]()
+        todo: list[dict[str, int]] = [{}]
+        while todo:
+            assumed = todo.pop()
+            sign = partial(self._sign_at, seam=seam, box=box, assumed=assumed)
+            splitter = self.splitter
+            evaluation = Evaluation(
+                self.nodes, self.field, root, sign, box.range, {}, seam.sums, splitter.tables, splitter.partial
+            )
+            try:
+                found.append(evaluation.value())
+                unmet = next((each for each in evaluation.conditions().values() if not each.holds(box)), None)
+                if unmet is not None:
+                    raise UndecidedError(f"{seam.label}: v may be undefined: {unmet}")
+            except Undecided as choice:
+                if len(assumed) == MOST_ASSUMED:
+                    raise UndecidedError(f"{seam.label}: the branch that v takes there is not found") from choice
+                todo += [{**assumed, monic(choice.difference)[0].key: sign} for sign in (-1, 0, 1)]
+        return found
 
-        def sign(difference: Element) -> int:
-            value = difference.rational
-            if value is not None:
-                return (value > 0) - (value < 0)
-            found, strict = box.sign(difference)
-            if found is None or not strict:
-                raise Undecided(difference, found)
+    def _sign_at(self, difference: Element, seam: Seam, box: Box, assumed: Mapping[str, int]) -> int:
+        """The sign of a difference at a seam, where the seam's own one is 0."""
+        value = difference.rational
+        if value is not None:
+            return (value > 0) - (value < 0)
+        found, strict = box.sign(difference)
+        if found is not None and strict:
             return found
-
-        try:
-            known: dict[int, Element] = {}
-            tables = self.splitter.tables
-            return Evaluation(self.nodes, self.field, seam.root, sign, box.range, known, seam.sums, tables).value()
-        except Undecided as choice:
-            if self._no_equalities:
-                return self._limit(piece.expression, seam, box)
-            raise UndecidedError(f"{seam.label}: the branch that v takes there is not found") from choice
+        top, flipped = monic(difference)
+        if seam.root is None and seam.top is not None:
+            common = top.numerator.gcd(seam.top.numerator)
+            rest = self.field.quotient(seam.top.numerator, common)
+            if not common.is_constant() and box.sign(rest)[1]:
+                return 0
+        if top.key not in assumed:
+            raise Undecided(difference, found)
+        bottom, strict = box.sign(Element(self.field, difference.denominator, self.field.one.numerator))
+        if bottom is None or not strict:
+            raise UndecidedError(f"{seam.label}: v may be undefined")
+        return assumed[top.key] * flipped * bottom
 
     def _step(
         self, claim: Claim, before: Element, after: Element, allowed: int, seam: Seam, box: Box, decision: Decision

@@ -22,6 +22,10 @@ class TooLargeError(ValueError):
     """An expression grows beyond what is worth computing, or there is no time left to compute it."""
 
 
+class UndecidedError(ValueError):
+    """The proof cannot be completed; the message says where and why."""
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """A function of an expression that is a variable of the polynomials.

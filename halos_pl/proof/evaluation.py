@@ -12,7 +12,9 @@ from typing import cast
 
 from flint import fmpq_mpoly
 
-from halos_pl.proof.element import Element
+from halos_pl.proof import domain
+from halos_pl.proof.domain import Condition
+from halos_pl.proof.element import Element, UndecidedError
 from halos_pl.proof.field import Field
 from halos_pl.proof.interval import Interval
 from halos_pl.proof.program import CHOICES, COUNTS, Node
@@ -20,10 +22,6 @@ from halos_pl.proof.program import CHOICES, COUNTS, Node
 # Sums of more terms are added up bit by bit, as pieces get smaller.
 _LONG_SUM = 8
 _BRANCHING = (*CHOICES, "lookup")
-
-
-class UndecidedError(ValueError):
-    """The proof cannot be completed; the message says where and why."""
 
 
 class Undecided(Exception):
@@ -48,12 +46,14 @@ class Partial:
         sizes: sum of the absolute values of their coefficients.
         quotients: the terms that are not.
         rest: nodes of the terms that contain a choice that is not made yet.
+        conditions: what the terms that are known need in order to be defined.
     """
 
     whole: fmpq_mpoly
     sizes: fmpq_mpoly
     quotients: tuple[Element, ...] = ()
     rest: tuple[int, ...] = ()
+    conditions: Mapping[str, Condition] = dataclasses.field(default_factory=dict)
 
 
 @dataclass
@@ -69,6 +69,7 @@ class Evaluation:
         known: values of nodes that contain no choice; more are added.
         sums: long sums by node, as far as they are known; replaced as more is known.
         tables: constants by the node that counts them; more are added.
+        partial: whether each node may be undefined.
     """
 
     nodes: Sequence[Node]
@@ -79,10 +80,12 @@ class Evaluation:
     known: dict[int, Element] = dataclasses.field(default_factory=dict)
     sums: Mapping[int, Partial] = dataclasses.field(default_factory=dict)
     tables: dict[int, list[Fraction]] = dataclasses.field(default_factory=dict)
+    partial: Sequence[bool] = ()
 
     def __post_init__(self) -> None:
         self._values: dict[int, Element] = dict(self.known)
         self._taken: dict[int, int] = {}  # choice to the branch taken
+        self._of_sums: dict[int, Mapping[str, Condition]] = {}
 
     def value(self) -> Element:
         """v.
@@ -92,6 +95,30 @@ class Evaluation:
             UndecidedError: a choice cannot be made at all.
         """
         return self._of(len(self.nodes) - 1)
+
+    def conditions(self, roots: Sequence[int] = ()) -> dict[str, Condition]:
+        """What v, or some nodes, need in order to be defined, after they are computed."""
+        found: dict[str, Condition] = {}
+        seen, todo = set[int](), list(roots) or [len(self.nodes) - 1]
+        while todo:
+            index = todo.pop()
+            if index in seen or not self.partial[index]:
+                continue
+            seen.add(index)
+            name, *operands = self.nodes[index]
+            wanted = [x for x in operands if isinstance(x, int)]
+            if index in self._of_sums:
+                found |= self._of_sums[index]
+                continue
+            if name in _BRANCHING:
+                wanted = [wanted[0], self._taken[index]]
+            elif name in COUNTS:
+                wanted = wanted[:1]
+            elif name in domain.PARTIAL:
+                for each in domain.conditions(name, [self._values[x] for x in wanted]):
+                    found[f"{each.kind} {each.element.key}"] = each
+            todo += wanted
+        return found
 
     def _of(self, root: int) -> Element:
         values, todo = self._values, [root]
@@ -161,6 +188,7 @@ class Evaluation:
             at = self.field.substituted(Element(self.field, before.whole, one), self.u, memo)
             quotients = [at, *(self.field.substituted(x, self.u, memo) for x in before.quotients)]
             whole = zero
+        known = before.conditions if self.u is self.field.u else domain.at(before.conditions, self.u)
         sizes, rest, choices = before.sizes, list[int](), list[Undecided]()
         for x in before.rest:
             try:
@@ -169,15 +197,17 @@ class Evaluation:
                 rest.append(x)
                 choices.append(choice)
                 continue
+            known = {**known, **self.conditions([x])}
             if term.denominator.is_one():
                 whole += term.numerator
                 sizes += self.field.ctx.from_dict({e: abs(c) for e, c in term.numerator.terms()})
             else:
                 quotients.append(term)
         if self.u is self.field.u:
-            self.sums = {**self.sums, index: Partial(whole, sizes, tuple(quotients), tuple(rest))}
+            self.sums = {**self.sums, index: Partial(whole, sizes, tuple(quotients), tuple(rest), known)}
         if choices:
             raise _middle(choices)
+        self._of_sums[index] = known
         return self.field.total([self.field.settled(whole, sizes), *quotients])
 
     def _computed(self, index: int, xs: list[Element]) -> Element:

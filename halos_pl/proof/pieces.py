@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 
-from halos_pl.proof.element import Element
-from halos_pl.proof.evaluation import Evaluation, Partial, Undecided, UndecidedError
+from halos_pl.proof import domain
+from halos_pl.proof.element import Element, UndecidedError
+from halos_pl.proof.evaluation import Evaluation, Partial, Undecided
 from halos_pl.proof.field import Field
 from halos_pl.proof.interval import Interval
 from halos_pl.proof.program import Node
@@ -27,6 +28,7 @@ class Seam:
         root: it as an expression, if it is rational or depends on parameters.
         key: the difference that changes sign there.
         sums: long sums as far as they are known around a rational seam.
+        top: the difference itself.
     """
 
     low: Bound
@@ -34,6 +36,7 @@ class Seam:
     root: Element | None
     key: str
     sums: Mapping[int, Partial] = field(default_factory=dict)
+    top: Element | None = None
 
     @property
     def label(self) -> str:
@@ -89,6 +92,8 @@ class Splitter:
 
     def __init__(self, nodes: Sequence[Node], field: Field, parameters: Mapping[str, Interval]) -> None:
         self.nodes, self.field, self.parameters = nodes, field, parameters
+        self.partial = domain.partial(nodes)
+        self.undefined = ""  # where v may be, and why
         self.tables: dict[int, list[Fraction]] = {}  # constants by the node that counts them
         self._isolated = Roots(field, parameters)
         # Roots that depend on parameters, and whether the difference rises (1) or falls (-1) there, by key.
@@ -109,9 +114,12 @@ class Splitter:
             piece, sums = todo.pop()
             box = piece.box(self.field, self.parameters)
             sign = partial(self._sign, piece=piece, box=box)
-            evaluation = Evaluation(self.nodes, self.field, self.field.u, sign, box.range, known, sums, tables)
+            evaluation = Evaluation(self.nodes, self.field, self.field.u, sign, box.range, known, sums, tables, self.partial)
             try:
                 pieces.append(replace(piece, value=evaluation.value()))
+                for condition in evaluation.conditions().values():
+                    if not condition.holds_between(piece.low, piece.high, self.parameters):
+                        self.undefined = f"{piece}: v may be undefined: {condition}"
             except Undecided as choice:
                 parts, found = self._split(piece, box, choice.difference)
                 for seam in found:
@@ -184,6 +192,12 @@ class Splitter:
             raise UndecidedError(f"whether {top} < 0 depends on the parameters")
         affine = self._affine_root(top, box)
         if affine is None:
+            for factor, _ in self.field.factors(top.numerator)[1]:
+                whole = Element(self.field, factor, self.field.one.numerator).rational_root
+                if whole and (piece.low is None or piece.low < whole[0]) and (piece.high is None or whole[0] < piece.high):
+                    value = whole[0]
+                    parts = [replace(piece, high=value), replace(piece, low=value)]
+                    return parts, [Seam(value, value, self.field.constant(value), top.key)]
             if top.depends_on - {0}:
                 raise UndecidedError(f"where {top} vanishes depends on the parameters")
             return self._around(piece, top, *self._isolated.places(top, piece.low, piece.high))
@@ -213,7 +227,7 @@ class Splitter:
             parts.append(replace(piece, low=low, high=b, signs={**piece.signs, top.key: sign}))
             low, sign = a, -sign
         parts.append(replace(piece, low=low, signs={**piece.signs, top.key: sign}))
-        return parts, [Seam(a, b, None, top.key) for a, b in places]
+        return parts, [Seam(a, b, None, top.key, top=top) for a, b in places]
 
 
 def _least(a: Bound, b: Fraction) -> Fraction:

@@ -11,7 +11,7 @@ from flint import arb
 from torch import nn
 
 from halos_pl.proof.claims import CLAIMS, Claim, Decision, Prover, Status
-from halos_pl.proof.evaluation import UndecidedError
+from halos_pl.proof.element import UndecidedError
 from halos_pl.proof.interval import INF, NEGATIVE_INF, REALS, Interval
 from halos_pl.proof.program import Node, rational
 from halos_pl.proof.recorder import UntraceableError

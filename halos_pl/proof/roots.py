@@ -7,8 +7,7 @@ from fractions import Fraction
 
 from flint import arb
 
-from halos_pl.proof.element import Element
-from halos_pl.proof.evaluation import UndecidedError
+from halos_pl.proof.element import Element, UndecidedError
 from halos_pl.proof.exponentials import in_one_exponential
 from halos_pl.proof.field import Field
 from halos_pl.proof.interval import INF, NEGATIVE_INF, Interval, ball
@@ -72,7 +71,9 @@ class Roots:
                 raise UndecidedError(f"{top} may vanish more than once near u in {span(low, high)}")
             else:
                 middle = between(low, high)
-                while self._at(top, middle) is None and depth < 40:  # a root of its own: split elsewhere
+                while self._at(top, middle) is None:  # a root of its own: split elsewhere
+                    if depth > 40:
+                        raise UndecidedError(f"the sign of {top} near u = {float(middle):g} is not found")
                     middle, depth = between(low, middle), depth + 1
                 todo += [(middle, high, depth + 1), (low, middle, depth + 1)]
         return found, first
