@@ -25,7 +25,7 @@ from halos_pl.proof.signs import Box, UndefinedError
 Status = Literal["proved", "disproved", "undecided"]
 MOST_CELLS, FEW_CELLS = 400, 50
 MOST_ASSUMED = 3  # choices at a seam that depend on parameters
-_SHARE = Fraction(1, 2**40)
+_SHARE = Fraction(int(TOLERANCE.p), int(TOLERANCE.q))
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,8 @@ class Prover:
                 self._on(claim, number, piece, decision)
             for seam in self.seams:
                 self._across(claim, seam, decision)
+            for size, what in self.field.excused.values():
+                decision.notes.append(f"a coefficient {float(Fraction(int(size.p), int(size.q))):.1e} of {what} counts as 0")
             if self.splitter.undefined:
                 raise UndecidedError(self.splitter.undefined)
         except (UndecidedError, TooLargeError, UndefinedError, ZeroDivisionError) as error:
@@ -227,7 +229,7 @@ class Prover:
                     continue
                 before, after = (self._limit(p.expression, seam, box) for p in (left, right))
                 self._step(claim, before, after, 0 if claim.order == 2 else 1, seam, box, decision)
-                for at in self._values_at(seam, box):
+                for at in self._values_at(seam, (left, right), box):
                     self._step(claim, before, at, 0 if claim.order == 2 else 1, seam, box, decision)
                     self._step(claim, at, after, 0 if claim.order == 2 else 1, seam, box, decision)
                 if claim.order == 2:
@@ -275,8 +277,9 @@ class Prover:
             raise UndecidedError(f"{seam.label}: {error}") from error
         return at
 
-    def _values_at(self, seam: Seam, box: Box) -> list[Element]:
+    def _values_at(self, seam: Seam, sides: tuple[Piece, Piece], box: Box) -> list[Element]:
         """What v may be at a seam: more than one value where a choice there depends on parameters."""
+        possible = self._possible(seam, sides, box)
         root, found = self.field.u if seam.root is None else seam.root, list[Element]()
         todo: list[dict[str, int]] = [{}]
         while todo:
@@ -294,7 +297,22 @@ class Prover:
             except Undecided as choice:
                 if len(assumed) == MOST_ASSUMED:
                     raise UndecidedError(f"{seam.label}: the branch that v takes there is not found") from choice
-                todo += [{**assumed, monic(choice.difference)[0].key: sign} for sign in (-1, 0, 1)]
+                key = monic(choice.difference)[0].key
+                todo += [{**assumed, key: each} for each in possible.get(key, (-1, 0, 1))]
+        return found
+
+    def _possible(self, seam: Seam, sides: tuple[Piece, Piece], box: Box) -> dict[str, set[int]]:
+        """Signs at a seam of differences whose roots depend on parameters: 0, or those on either side."""
+        found: dict[str, set[int]] = {}
+        for key in sides[0].signs.keys() & sides[1].signs.keys() & self.splitter.roots.keys():
+            other, rises = self.splitter.roots[key]
+            if seam.root is None:
+                continue
+            apart = seam.root - other
+            bottom, strict = box.sign(Element(self.field, apart.denominator, self.field.one.numerator))
+            if not apart.is_zero and bottom and strict:
+                top, flipped = monic(apart)
+                found[top.key] = {0, *(side.signs[key] * rises * flipped * bottom for side in sides)}
         return found
 
     def _sign_at(self, difference: Element, seam: Seam, box: Box, assumed: Mapping[str, int]) -> int:

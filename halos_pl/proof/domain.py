@@ -8,11 +8,10 @@ from typing import Literal
 
 from halos_pl.proof.element import Element
 from halos_pl.proof.interval import Interval
-from halos_pl.proof.program import Node
+from halos_pl.proof.program import PARTIAL, Node
 from halos_pl.proof.roots import Bound, between, span
 from halos_pl.proof.signs import Box, UndefinedError
 
-PARTIAL = ("div", "log", "pow", "within")
 MOST_PARTS = 60
 
 

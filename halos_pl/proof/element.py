@@ -13,8 +13,9 @@ from typing import Any
 
 from flint import Ordering, fmpq, fmpq_mpoly, fmpq_mpoly_ctx
 
-# Coefficients that cancel to within this share of their size are taken as equal: constants of v are floats.
-TOLERANCE = fmpq(1, 2**40)
+# Coefficients that cancel to within this share of their size are taken as equal: constants of v are floats, and this is
+# what 32 roundings of a float64 may amount to.
+TOLERANCE = fmpq(1, 2**48)
 LARGEST_POWER, MOST_TERMS, MOST_PRODUCTS = 24, 1500, 100_000
 
 
@@ -153,6 +154,7 @@ class Expressions:
         size: number of variables: u, the parameters and all kernels.
 
     Attributes:
+        excused: products of variables whose coefficient was taken as 0, with the largest such coefficient.
         deadline: CPU time (``time.process_time``) after which nothing more is computed.
     """
 
@@ -167,6 +169,7 @@ class Expressions:
         self._bases: dict[int, frozenset[int]] = {}
         self._roots: dict[int, int] = {}  # q by the kernel g^(1/q)
         self.deadline = float("inf")
+        self.excused: dict[str, tuple[fmpq, Element]] = {}
         self.one = Element(self, self.ctx.constant(1), self.ctx.constant(1))
         self.zero = Element(self, self.ctx.constant(0), self.ctx.constant(1))
         self.u = self.variable(0)
@@ -287,7 +290,13 @@ class Expressions:
         """A sum without coefficients that cancel to within ``TOLERANCE`` of the ``sizes`` that they come from."""
         of = {exponents: abs(c) for exponents, c in sizes.terms()}
         kept = {exponents: c for exponents, c in n.terms() if abs(c) > TOLERANCE * of[exponents]}
-        return Element(self, n if len(kept) == len(n) else self.ctx.from_dict(kept), self.ctx.constant(1))
+        if len(kept) == len(n):
+            return Element(self, n, self.ctx.constant(1))
+        for exponents, c in n.terms():
+            if exponents not in kept:
+                what = Element(self, self.ctx.from_dict({exponents: fmpq(1)}), self.ctx.constant(1))
+                self.excused[what.key] = max(self.excused.get(what.key, (fmpq(0), what)), (abs(c), what), key=lambda x: x[0])
+        return Element(self, self.ctx.from_dict(kept), self.ctx.constant(1))
 
     def kernel(self, kind: str, argument: Element, exponent: Fraction | Element | None = None) -> int:
         """The variable of a kernel, which is added if it is new."""

@@ -17,7 +17,7 @@ from halos_pl.proof.domain import Condition
 from halos_pl.proof.element import Element, UndecidedError
 from halos_pl.proof.field import Field
 from halos_pl.proof.interval import Interval
-from halos_pl.proof.program import CHOICES, COUNTS, Node
+from halos_pl.proof.program import CHOICES, COUNTS, PARTIAL, Node
 
 # Sums of more terms are added up bit by bit, as pieces get smaller.
 _LONG_SUM = 8
@@ -114,7 +114,7 @@ class Evaluation:
                 wanted = [wanted[0], self._taken[index]]
             elif name in COUNTS:
                 wanted = wanted[:1]
-            elif name in domain.PARTIAL:
+            elif name in PARTIAL:
                 for each in domain.conditions(name, [self._values[x] for x in wanted]):
                     found[f"{each.kind} {each.element.key}"] = each
             todo += wanted

@@ -33,6 +33,7 @@ OPERATIONS: dict[str, int | None] = {
     "log_ndtr": 1,
     "within": 1,
 }
+PARTIAL = ("div", "log", "pow", "within")  # those that may be undefined
 CHOICES, COUNTS = ("less", "at_most", "equal"), ("below", "up_to")
 Node = tuple[str, *tuple[int | str, ...]]
 
@@ -52,6 +53,7 @@ class Program:
 
     nodes: list[Node] = field(default_factory=list)
     _index: dict[Node, int] = field(default_factory=dict, repr=False)
+    _partial: list[bool] = field(default_factory=list, repr=False)  # whether a node, or one that it needs, is PARTIAL
 
     def node(self, name: str, *operands: int | str) -> int:
         """The index of a node, which is added if it is new."""
@@ -59,6 +61,7 @@ class Program:
         if key not in self._index:
             self._index[key] = len(self.nodes)
             self.nodes.append(key)
+            self._partial.append(name in PARTIAL or any(self._partial[x] for x in operands if isinstance(x, int)))
         return self._index[key]
 
     def constant(self, value: Fraction | float | int) -> int:
@@ -80,11 +83,11 @@ class Program:
         return terms[0] if len(terms) == 1 else self.node("add", *terms)
 
     def mul(self, a: int, b: int) -> int:
-        """The product; 0 times anything is 0."""
+        """The product; 0 times anything is 0 where that is defined."""
         x, y = self.value(a), self.value(b)
         if x is not None and y is not None:
             return self.constant(x * y)
-        if x == 0 or y == 0:
+        if (x == 0 and not self._partial[b]) or (y == 0 and not self._partial[a]):
             return self.constant(0)
         return b if x == 1 else a if y == 1 else self.node("mul", a, b)
 
@@ -94,7 +97,7 @@ class Program:
 
     def sub(self, a: int, b: int) -> int:
         """a - b."""
-        return self.constant(0) if a == b else self.add(a, self.negative(b))
+        return self.constant(0) if a == b and not self._partial[a] else self.add(a, self.negative(b))
 
     def div(self, a: int, b: int) -> int:
         """a / b."""
