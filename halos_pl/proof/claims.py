@@ -284,7 +284,7 @@ class Prover:
         todo: list[dict[str, int]] = [{}]
         while todo:
             assumed = todo.pop()
-            sign = partial(self._sign_at, seam=seam, box=box, assumed=assumed)
+            sign = partial(self._sign_at, seam=seam, box=box, assumed=assumed, possible=possible)
             splitter = self.splitter
             evaluation = Evaluation(
                 self.nodes, self.field, root, sign, box.range, {}, seam.sums, splitter.tables, splitter.partial
@@ -315,7 +315,7 @@ class Prover:
                 found[top.key] = {0, *(side.signs[key] * rises * flipped * bottom for side in sides)}
         return found
 
-    def _sign_at(self, difference: Element, seam: Seam, box: Box, assumed: Mapping[str, int]) -> int:
+    def _sign_at(self, difference: Element, seam: Seam, box: Box, assumed: Mapping[str, int], possible: Mapping[str, set[int]]) -> int:
         """The sign of a difference at a seam, where the seam's own one is 0."""
         value = difference.rational
         if value is not None:
@@ -329,11 +329,12 @@ class Prover:
             rest = self.field.quotient(seam.top.numerator, common)
             if not common.is_constant() and box.sign(rest)[1]:
                 return 0
-        if top.key not in assumed:
-            raise Undecided(difference, found)
         bottom, strict = box.sign(Element(self.field, difference.denominator, self.field.one.numerator))
         if bottom is None or not strict:
             raise UndecidedError(f"{seam.label}: v may be undefined")
+        if top.key not in assumed:
+            one_sided = {each * flipped * bottom for each in possible.get(top.key, ()) if each}
+            raise Undecided(difference, one_sided.pop() if found is None and len(one_sided) == 1 else found)
         return assumed[top.key] * flipped * bottom
 
     def _step(

@@ -14,6 +14,7 @@ from halos_pl.proof.claims import CLAIMS, Claim, Decision, Prover, Status
 from halos_pl.proof.element import UndecidedError
 from halos_pl.proof.interval import INF, NEGATIVE_INF, REALS, Interval
 from halos_pl.proof.program import Node, rational
+from halos_pl.proof.rebuilt import difference
 from halos_pl.proof.recorder import UntraceableError
 from halos_pl.proof.trace import Symbol, trace
 
@@ -153,11 +154,19 @@ def prove(v: nn.Module) -> Proof:
         outcomes = _decided(plain, _entries(learnable), deadline)
         if hyper and any(outcome.status == "proved" for outcome in outcomes.values()):
             graph, unknowns = _recorded(v, learnable, hyper)
-            if len(unknowns) > len(learnable):
-                outcomes = _widened(outcomes, _decided(graph, _entries(unknowns), deadline))
+            entries, added = _entries(unknowns), {name: unknowns[name][0] for name in unknowns.keys() - learnable.keys()}
+            if added:
+                own = {name: value for name, (_, value) in entries.items()}
+                why = difference(v, graph, {name: symbol for name, (symbol, _) in unknowns.items()}, added, own)
+                wider = _decided(graph, entries, deadline) if not why else _undecided(why, _scope(entries, graph))
+                outcomes = _widened(outcomes, wider)
     except UntraceableError as error:
-        outcomes = {claim.name: Outcome(claim, "undecided", reason=str(error)) for claim in CLAIMS}
+        outcomes = _undecided(str(error))
     return Proof(type(v).__name__, outcomes, time.process_time() - start)
+
+
+def _undecided(why: str, scope: str = "") -> dict[str, Outcome]:
+    return {claim.name: Outcome(claim, "undecided", scope, why) for claim in CLAIMS}
 
 
 def _samples(entries: Mapping[str, tuple[Interval, Fraction]]) -> list[dict[str, Fraction]]:
@@ -176,8 +185,8 @@ def _decided(
     scope = _scope(entries, graph)
     try:
         prover = Prover(graph, ranges, _samples(entries), deadline)
-    except (UndecidedError, ValueError, ZeroDivisionError) as error:
-        return {claim.name: Outcome(claim, "undecided", scope, str(error)) for claim in CLAIMS}
+    except (UndecidedError, ValueError, ArithmeticError) as error:
+        return _undecided(str(error), scope)
     outcomes = {}
     for claim in CLAIMS:
         decision = prover.decide(claim)

@@ -217,7 +217,7 @@ def _alike(one: tuple[Node, ...], other: tuple[Node, ...]) -> bool:
     return True
 
 
-def trace(v: nn.Module, parameters: Mapping[str, Symbol]) -> tuple[Node, ...]:
+def trace(v: nn.Module, parameters: Mapping[str, Symbol], once: bool = False) -> tuple[Node, ...]:
     """The expression of v(u), equal for all outcomes.
 
     It is recorded several times: for other batch sizes and shapes, in float32, in training and in evaluation, with and
@@ -226,6 +226,7 @@ def trace(v: nn.Module, parameters: Mapping[str, Symbol]) -> tuple[Node, ...]:
     Args:
         v: a value function.
         parameters: what to treat as unknowns, by name.
+        once: record it in one way only.
 
     Raises:
         UntraceableError: v is random, keeps state, looks at the values of tensors, has a backward of its own, or uses
@@ -234,7 +235,7 @@ def trace(v: nn.Module, parameters: Mapping[str, Symbol]) -> tuple[Node, ...]:
     modes = {module: module.training for module in v.modules()}
     graph: tuple[Node, ...] | None = None
     try:
-        for way in _WAYS:
+        for way in _WAYS[:1] if once else _WAYS:
             v.train(way.training)
             with _stateless(v):
                 rows = _traced(v, way, parameters)

@@ -1,0 +1,130 @@
+"""Whether v, built anew with other hyper-parameters, is the function that was recorded with them as unknowns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from flint import arb
+from torch import nn
+
+from halos_pl.proof.point import ordered, value_at
+from halos_pl.proof.program import Node, rational
+from halos_pl.proof.recorder import UntraceableError
+from halos_pl.proof.trace import Symbol, trace
+
+_TRIED = (-1000.0, -10.0, -1.5, -0.5, 0.0, 0.01, 0.3, 0.75, 1.0, 1.5, 3.0, 10.0, 100.0, 1000.0)
+_OUTCOMES = [Fraction(sign) * Fraction(u) for u in ("0.001", "0.3", "1", "2.7", "10", "77", "1000", "100000")
+             for sign in (-1, 1)]  # fmt: skip
+_SHARE = Fraction(1, 2**40)
+Changes = Mapping[tuple[int, str], Mapping[int | None, float]]
+
+
+def _built(module: nn.Module, changes: Changes) -> nn.Module:
+    """The module, built by its constructor from its attributes, some of them changed.
+
+    Raises:
+        TypeError, AttributeError: the attributes do not have the names of the constructor's arguments.
+        ValueError: the constructor does not accept the values.
+    """
+    arguments = {}
+    for name, parameter in inspect.signature(type(module)).parameters.items():
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD and parameter.kind is not parameter.KEYWORD_ONLY:
+            raise TypeError(f"{type(module).__name__} accepts any arguments")
+        value = getattr(module, name)
+        for index, other in changes.get((id(module), name), {}).items():
+            value = other if index is None else [*value[:index], other, *value[index + 1 :]]
+        arguments[name] = _with_modules(value, changes)
+    return type(module)(**arguments).train(module.training)
+
+
+def _with_modules(value: Any, changes: Changes) -> Any:
+    if isinstance(value, list | tuple | nn.ModuleList):
+        return [_with_modules(each, changes) for each in value]
+    owners = {owner for owner, _ in changes}
+    if isinstance(value, nn.Module) and any(id(module) in owners for module in value.modules()):
+        return _built(value, changes)
+    return value
+
+
+def _tried(symbol: Symbol) -> list[float]:
+    limits = symbol.module.ranges[symbol.name]  # type: ignore[index]
+    ends = [limits.low, limits.high]
+    if all(abs(end) < float("inf") for end in ends):
+        width = limits.high - limits.low
+        ends += [limits.low + width / 1000, limits.low + width / 3, limits.high - width / 1000]
+    return [x for x in sorted({*_TRIED, *ends}) if abs(x) < float("inf") and x in limits]
+
+
+def _settings(hyper: Mapping[str, Symbol]) -> Iterator[dict[str, float]]:
+    """Other values of each hyper-parameter alone, then of all of them."""
+    tried = {name: _tried(symbol) for name, symbol in hyper.items()}
+    for name, values in tried.items():
+        yield from ({name: value} for value in values)
+    if len(hyper) > 1:
+        for k in range(max(map(len, tried.values()))):
+            yield {name: values[(k + j) % len(values)] for j, (name, values) in enumerate(tried.items())}
+
+
+def difference(
+    v: nn.Module,
+    graph: tuple[Node, ...],
+    symbols: Mapping[str, Symbol],
+    hyper: Mapping[str, Symbol],
+    own: Mapping[str, Fraction],
+) -> str:
+    """Says with which hyper-parameters v is not what was recorded, or why that is not known; empty if there are none.
+
+    Args:
+        v: a value function.
+        graph: its expression.
+        symbols: the unknowns in it, by name.
+        hyper: those that are hyper-parameters.
+        own: the present value of each unknown.
+    """
+    built = 0
+    for setting in _settings(hyper):
+        changes: dict[tuple[int, str], dict[int | None, float]] = {}
+        for name, value in setting.items():
+            symbol = hyper[name]
+            changes.setdefault((id(symbol.module), symbol.name), {})[symbol.index] = value
+        text = ", ".join(f"{name} = {value:g}" for name, value in setting.items())
+        try:
+            other = _built(v, changes)
+        except ValueError:
+            continue  # there is no such function
+        except (TypeError, AttributeError) as error:
+            return f"it cannot be built with other hyper-parameters: {error}"
+        built += 1
+        modules = dict(other.named_modules())
+        there = {name: _moved(symbol, name, modules) for name, symbol in symbols.items()}
+        numbers = {**own, **{name: rational(value) for name, value in setting.items()}}
+        try:
+            same = trace(other, there, once=True) == graph
+            plain = trace(other, {name: symbol for name, symbol in there.items() if name not in hyper}, once=True)
+        except UntraceableError as error:
+            return f"built with {text}, it {error}"
+        if not same or any(_differs(graph, plain, u, numbers) for u in _OUTCOMES):
+            return f"built with {text}, it is another function"
+    return "" if built else "it cannot be built with other hyper-parameters"
+
+
+def _moved(symbol: Symbol, name: str, modules: Mapping[str, nn.Module]) -> Symbol:
+    """The unknown of the same name in another module."""
+    path = name.partition("[")[0].rpartition(".")[0]
+    return Symbol(modules[path], symbol.name, symbol.index)
+
+
+def _differs(one: Sequence[Node], other: Sequence[Node], u: Fraction, numbers: Mapping[str, Fraction]) -> bool:
+    values: list[arb | None] = []
+    for nodes in (one, other):
+        try:
+            values.append(value_at(nodes, u, numbers))
+        except (ValueError, ZeroDivisionError):
+            values.append(None)
+    a, b = values
+    if a is None or b is None:
+        return a is not b
+    return ordered(a, b, _SHARE) or ordered(b, a, _SHARE)
