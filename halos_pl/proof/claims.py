@@ -5,26 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import partial
 from typing import Literal
 
 from flint import arb
 
 from halos_pl.proof.element import TOLERANCE, Element, TooLargeError, UndecidedError
-from halos_pl.proof.evaluation import Evaluation, Undecided
 from halos_pl.proof.exponentials import in_one_exponential
 from halos_pl.proof.field import Field
 from halos_pl.proof.interval import Interval, ball
 from halos_pl.proof.jumps import difference
-from halos_pl.proof.pieces import Piece, Seam, Splitter, monic
+from halos_pl.proof.pieces import Piece, Seam, Splitter
 from halos_pl.proof.point import ordered, value_at
 from halos_pl.proof.program import CHOICES, Node
 from halos_pl.proof.roots import Bound, between, span
+from halos_pl.proof.seams import values_at
 from halos_pl.proof.signs import Box, UndefinedError
 
 Status = Literal["proved", "disproved", "undecided"]
 MOST_CELLS, FEW_CELLS = 400, 50
-MOST_ASSUMED = 3  # choices at a seam that depend on parameters
 _SHARE = Fraction(int(TOLERANCE.p), int(TOLERANCE.q))
 
 
@@ -136,7 +134,9 @@ class Prover:
             for seam in self.seams:
                 self._across(claim, seam, decision)
             for size, what in self.field.excused.values():
-                decision.notes.append(f"a coefficient {float(Fraction(int(size.p), int(size.q))):.1e} of {what} counts as 0")
+                decision.notes.append(
+                    f"a coefficient {float(Fraction(int(size.p), int(size.q))):.1e} of {what} counts as 0"
+                )
             if self.splitter.undefined:
                 raise UndecidedError(self.splitter.undefined)
         except (UndecidedError, TooLargeError, UndefinedError, ZeroDivisionError) as error:
@@ -229,7 +229,7 @@ class Prover:
                     continue
                 before, after = (self._limit(p.expression, seam, box) for p in (left, right))
                 self._step(claim, before, after, 0 if claim.order == 2 else 1, seam, box, decision)
-                for at in self._values_at(seam, (left, right), box):
+                for at in values_at(self.splitter, seam, (left, right), box):
                     self._step(claim, before, at, 0 if claim.order == 2 else 1, seam, box, decision)
                     self._step(claim, at, after, 0 if claim.order == 2 else 1, seam, box, decision)
                 if claim.order == 2:
@@ -276,66 +276,6 @@ class Prover:
         except UndefinedError as error:
             raise UndecidedError(f"{seam.label}: {error}") from error
         return at
-
-    def _values_at(self, seam: Seam, sides: tuple[Piece, Piece], box: Box) -> list[Element]:
-        """What v may be at a seam: more than one value where a choice there depends on parameters."""
-        possible = self._possible(seam, sides, box)
-        root, found = self.field.u if seam.root is None else seam.root, list[Element]()
-        todo: list[dict[str, int]] = [{}]
-        while todo:
-            assumed = todo.pop()
-            sign = partial(self._sign_at, seam=seam, box=box, assumed=assumed, possible=possible)
-            splitter = self.splitter
-            evaluation = Evaluation(
-                self.nodes, self.field, root, sign, box.range, {}, seam.sums, splitter.tables, splitter.partial
-            )
-            try:
-                found.append(evaluation.value())
-                unmet = next((each for each in evaluation.conditions().values() if not each.holds(box)), None)
-                if unmet is not None:
-                    raise UndecidedError(f"{seam.label}: v may be undefined: {unmet}")
-            except Undecided as choice:
-                if len(assumed) == MOST_ASSUMED:
-                    raise UndecidedError(f"{seam.label}: the branch that v takes there is not found") from choice
-                key = monic(choice.difference)[0].key
-                todo += [{**assumed, key: each} for each in possible.get(key, (-1, 0, 1))]
-        return found
-
-    def _possible(self, seam: Seam, sides: tuple[Piece, Piece], box: Box) -> dict[str, set[int]]:
-        """Signs at a seam of differences whose roots depend on parameters: 0, or those on either side."""
-        found: dict[str, set[int]] = {}
-        for key in sides[0].signs.keys() & sides[1].signs.keys() & self.splitter.roots.keys():
-            other, rises = self.splitter.roots[key]
-            if seam.root is None:
-                continue
-            apart = seam.root - other
-            bottom, strict = box.sign(Element(self.field, apart.denominator, self.field.one.numerator))
-            if not apart.is_zero and bottom and strict:
-                top, flipped = monic(apart)
-                found[top.key] = {0, *(side.signs[key] * rises * flipped * bottom for side in sides)}
-        return found
-
-    def _sign_at(self, difference: Element, seam: Seam, box: Box, assumed: Mapping[str, int], possible: Mapping[str, set[int]]) -> int:
-        """The sign of a difference at a seam, where the seam's own one is 0."""
-        value = difference.rational
-        if value is not None:
-            return (value > 0) - (value < 0)
-        found, strict = box.sign(difference)
-        if found is not None and strict:
-            return found
-        top, flipped = monic(difference)
-        if seam.root is None and seam.top is not None:
-            common = top.numerator.gcd(seam.top.numerator)
-            rest = self.field.quotient(seam.top.numerator, common)
-            if not common.is_constant() and box.sign(rest)[1]:
-                return 0
-        bottom, strict = box.sign(Element(self.field, difference.denominator, self.field.one.numerator))
-        if bottom is None or not strict:
-            raise UndecidedError(f"{seam.label}: v may be undefined")
-        if top.key not in assumed:
-            one_sided = {each * flipped * bottom for each in possible.get(top.key, ()) if each}
-            raise Undecided(difference, one_sided.pop() if found is None and len(one_sided) == 1 else found)
-        return assumed[top.key] * flipped * bottom
 
     def _step(
         self, claim: Claim, before: Element, after: Element, allowed: int, seam: Seam, box: Box, decision: Decision

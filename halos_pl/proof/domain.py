@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from halos_pl.proof.element import Element
+from halos_pl.proof.field import Field
 from halos_pl.proof.interval import Interval
 from halos_pl.proof.program import PARTIAL, Node
 from halos_pl.proof.roots import Bound, between, span
@@ -37,9 +38,9 @@ class Condition:
             return sign in (0, 1)
         return strict and sign in ((1,) if self.kind == "above 0" else (1, -1))
 
-    def holds_between(self, low: Bound, high: Bound, parameters: Mapping[str, Interval]) -> bool:
+    def holds_between(self, field: Field, low: Bound, high: Bound, parameters: Mapping[str, Interval]) -> bool:
         """Whether it is known to hold on an open interval of u, which is cut into parts if need be."""
-        field, todo = self.element.field, [(low, high)]
+        todo = [(low, high)]
         for _ in range(MOST_PARTS):
             if not todo:
                 return True
@@ -87,10 +88,8 @@ def conditions(name: str, operands: Sequence[Element]) -> list[Condition]:
     return [Condition("above 0" if exponent < 0 else "at least 0", x)]
 
 
-def at(found: Mapping[str, Condition], u: Element) -> dict[str, Condition]:
+def at(found: Mapping[str, Condition], field: Field, u: Element) -> dict[str, Condition]:
     """Conditions at one place."""
     memo: dict[int, Element] = {}
-    field = u.field
     moved = (Condition(each.kind, field.substituted(each.element, u, memo)) for each in found.values())
     return {f"{each.kind} {each.element.key}": each for each in moved}
-

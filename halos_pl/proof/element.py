@@ -295,7 +295,9 @@ class Expressions:
         for exponents, c in n.terms():
             if exponents not in kept:
                 what = Element(self, self.ctx.from_dict({exponents: fmpq(1)}), self.ctx.constant(1))
-                self.excused[what.key] = max(self.excused.get(what.key, (fmpq(0), what)), (abs(c), what), key=lambda x: x[0])
+                self.excused[what.key] = max(
+                    self.excused.get(what.key, (fmpq(0), what)), (abs(c), what), key=lambda x: x[0]
+                )
         return Element(self, self.ctx.from_dict(kept), self.ctx.constant(1))
 
     def kernel(self, kind: str, argument: Element, exponent: Fraction | Element | None = None) -> int:

@@ -188,7 +188,7 @@ class Evaluation:
             at = self.field.substituted(Element(self.field, before.whole, one), self.u, memo)
             quotients = [at, *(self.field.substituted(x, self.u, memo) for x in before.quotients)]
             whole = zero
-        known = before.conditions if self.u is self.field.u else domain.at(before.conditions, self.u)
+        known = before.conditions if self.u is self.field.u else domain.at(before.conditions, self.field, self.u)
         sizes, rest, choices = before.sizes, list[int](), list[Undecided]()
         for x in before.rest:
             try:

@@ -114,11 +114,13 @@ class Splitter:
             piece, sums = todo.pop()
             box = piece.box(self.field, self.parameters)
             sign = partial(self._sign, piece=piece, box=box)
-            evaluation = Evaluation(self.nodes, self.field, self.field.u, sign, box.range, known, sums, tables, self.partial)
+            evaluation = Evaluation(
+                self.nodes, self.field, self.field.u, sign, box.range, known, sums, tables, self.partial
+            )
             try:
                 pieces.append(replace(piece, value=evaluation.value()))
                 for condition in evaluation.conditions().values():
-                    if not condition.holds_between(piece.low, piece.high, self.parameters):
+                    if not condition.holds_between(self.field, piece.low, piece.high, self.parameters):
                         self.undefined = f"{piece}: v may be undefined: {condition}"
             except Undecided as choice:
                 parts, found = self._split(piece, box, choice.difference)
@@ -193,11 +195,11 @@ class Splitter:
         affine = self._affine_root(top, box)
         if affine is None:
             for factor, _ in self.field.factors(top.numerator)[1]:
-                whole = Element(self.field, factor, self.field.one.numerator).rational_root
-                if whole and (piece.low is None or piece.low < whole[0]) and (piece.high is None or whole[0] < piece.high):
-                    value = whole[0]
-                    parts = [replace(piece, high=value), replace(piece, low=value)]
-                    return parts, [Seam(value, value, self.field.constant(value), top.key)]
+                inside = Element(self.field, factor, self.field.one.numerator).rational_root
+                at = None if inside is None else inside[0]
+                if at is not None and _above(at, piece.low) and (piece.high is None or at < piece.high):
+                    parts = [replace(piece, high=at), replace(piece, low=at)]
+                    return parts, [Seam(at, at, self.field.constant(at), top.key)]
             if top.depends_on - {0}:
                 raise UndecidedError(f"where {top} vanishes depends on the parameters")
             return self._around(piece, top, *self._isolated.places(top, piece.low, piece.high))
@@ -228,6 +230,10 @@ class Splitter:
             low, sign = a, -sign
         parts.append(replace(piece, low=low, signs={**piece.signs, top.key: sign}))
         return parts, [Seam(a, b, None, top.key, top=top) for a, b in places]
+
+
+def _above(a: Fraction, b: Bound) -> bool:
+    return b is None or a > b
 
 
 def _least(a: Bound, b: Fraction) -> Fraction:

@@ -77,7 +77,7 @@ def _computed(name: str, xs: list[Number]) -> Number:
         for x in xs[1:]:
             total = total + x
         return total
-    if name == "within" and not abs(xs[0]) < 2**31:
+    if name == "within" and not abs(arb(xs[0])) < 2**31:
         raise ValueError("a whole number is out of range")
     if name in (*CHOICES, "lookup", "within"):
         return xs[0]

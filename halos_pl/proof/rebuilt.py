@@ -14,11 +14,12 @@ from halos_pl.proof.point import ordered, value_at
 from halos_pl.proof.program import Node, rational
 from halos_pl.proof.recorder import UntraceableError
 from halos_pl.proof.trace import Symbol, trace
+from value_functions.ranges import Range
 
 _TRIED = (-1000.0, -10.0, -1.5, -0.5, 0.0, 0.01, 0.3, 0.75, 1.0, 1.5, 3.0, 10.0, 100.0, 1000.0)
 _OUTCOMES = [Fraction(sign) * Fraction(u) for u in ("0.001", "0.3", "1", "2.7", "10", "77", "1000", "100000")
              for sign in (-1, 1)]  # fmt: skip
-_SHARE = Fraction(1, 2**40)
+_SHARE = Fraction(1, 2**20)  # a difference of large rounded constants may be inaccurate
 Changes = Mapping[tuple[int, str], Mapping[int | None, float]]
 
 
@@ -50,7 +51,7 @@ def _with_modules(value: Any, changes: Changes) -> Any:
 
 
 def _tried(symbol: Symbol) -> list[float]:
-    limits = symbol.module.ranges[symbol.name]  # type: ignore[index]
+    limits: Range = getattr(symbol.module, "ranges")[symbol.name]  # noqa: B009
     ends = [limits.low, limits.high]
     if all(abs(end) < float("inf") for end in ends):
         width = limits.high - limits.low

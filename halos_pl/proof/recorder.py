@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -92,7 +92,7 @@ class Recorded(Tensor):
     @staticmethod
     def __new__(cls, nodes: Tensor, dtype: torch.dtype, requires_grad: bool = False, known: bool = True) -> Recorded:
         """A tensor of the shape and strides of ``nodes``."""
-        self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self = Tensor._make_wrapper_subclass(
             cls,
             nodes.shape,
             strides=nodes.stride(),
@@ -101,10 +101,10 @@ class Recorded(Tensor):
             requires_grad=requires_grad,
         )
         self.nodes = nodes if known else None
-        return self  # type: ignore[no-any-return]
+        return self
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise refused(f"{func} runs after the recording")
 
 
@@ -120,7 +120,7 @@ class Recorder(TorchDispatchMode):
         originals: learnable tensors whose place recorded ones have taken.
     """
 
-    def __init__(self, originals: list[Tensor]) -> None:
+    def __init__(self, originals: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.program = Program()
         self._originals = {x.untyped_storage().data_ptr() for x in originals}
@@ -139,10 +139,8 @@ class Recorder(TorchDispatchMode):
         if x.is_complex():
             raise refused("complex numbers have no rules")
         flat = x.detach().reshape(-1)
-        if x.dtype == torch.float32:  # the shortest decimals that round to them
-            values = [float(str(value)) for value in flat.numpy()]
-        else:
-            values = flat.tolist()
+        single = x.dtype == torch.float32  # its shortest decimals
+        values = [float(str(value)) for value in flat.numpy()] if single else flat.tolist()
         if not all(abs(value) < float("inf") for value in values):
             raise refused("a constant is infinite or not a number")
         ids = [self.program.constant(int(v) if isinstance(v, bool) else v) for v in values]
@@ -168,7 +166,9 @@ class Recorder(TorchDispatchMode):
             raise refused("the code depends on the value of a tensor")
         changes = func._schema.is_mutable
         if changes and not (name.endswith("_") and not name.endswith("__") and isinstance(args[0], Recorded)):
-            raise refused(f"{name} writes what depends on u into a tensor that does not; zeros_like(u) makes one that does")
+            raise refused(
+                f"{name} writes what depends on u into a tensor that does not; zeros_like(u) makes one that does"
+            )
         with torch.utils._python_dispatch._disable_current_modes():
             try:
                 meta = tree_map_only(torch.device, lambda _: torch.device("meta"), kwargs)
@@ -261,7 +261,9 @@ class Recorder(TorchDispatchMode):
 
     def _require_dtype(self, dtype: torch.dtype) -> None:
         if dtype not in (*_NUMBERS, *_WHOLE, torch.bool):
-            raise refused(f"{dtype} is another dtype than float32, float64, int32, int64 and bool".replace("torch.", ""))
+            raise refused(
+                f"{dtype} is another dtype than float32, float64, int32, int64 and bool".replace("torch.", "")
+            )
 
     def _converted(self, nodes: Tensor, before: torch.dtype, after: torch.dtype) -> Tensor:
         """Numbers of one dtype in another."""
@@ -282,4 +284,3 @@ class Recorder(TorchDispatchMode):
 def _empty(x: Tensor) -> Tensor:
     """A tensor of the same kind without numbers."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-

@@ -57,7 +57,7 @@ class Symbol:
     def place(self, tensor: Recorded) -> None:
         """Puts a tensor without numbers in the place of the number."""
         if isinstance(self.before, nn.Parameter):
-            tensor._is_param = True  # type: ignore[attr-defined]
+            tensor._is_param = True
             self.module._parameters[self.name] = tensor  # type: ignore[assignment]
         elif self.index is None:
             setattr(self.module, self.name, tensor)
@@ -166,11 +166,14 @@ def _traced(v: Callable[[Tensor], Tensor], way: _Way, parameters: Mapping[str, S
     rows = torch.tensor([recorder.program.node("u", str(row)) for row in range(count)]).view(way.shape)
     with _own_backwards_refused():
         try:
-            with torch.inference_mode(way.inference), torch.set_grad_enabled(way.gradients):
-                with _placed(parameters, recorder):
-                    u = Recorded(rows, way.dtype, requires_grad=way.gradients)
-                    with recorder:
-                        out = v(u)
+            with (
+                torch.inference_mode(way.inference),
+                torch.set_grad_enabled(way.gradients),
+                _placed(parameters, recorder),
+            ):
+                u = Recorded(rows, way.dtype, requires_grad=way.gradients)
+                with recorder:
+                    out = v(u)
         except UntraceableError:
             raise refusals[0] from None
         except Exception as error:
@@ -208,7 +211,7 @@ def _alike(one: tuple[Node, ...], other: tuple[Node, ...]) -> bool:
                 if x != y:
                     return False
             elif one[x][0] == other[y][0] == "constant":
-                constants.append((Fraction(str(one[x][1])), Fraction(str(other[y][1]))))
+                constants.append((Fraction(str(one[x][-1])), Fraction(str(other[y][-1]))))
                 largest = max(largest, abs(constants[-1][0]))
             else:
                 todo.append((x, y))
