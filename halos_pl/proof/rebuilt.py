@@ -60,13 +60,12 @@ def _tried(symbol: Symbol) -> list[float]:
 
 
 def _settings(hyper: Mapping[str, Symbol]) -> Iterator[dict[str, float]]:
-    """Other values of each hyper-parameter alone, then of all of them."""
+    """A small and a large value of each hyper-parameter alone, then many values of all of them."""
     tried = {name: _tried(symbol) for name, symbol in hyper.items()}
     for name, values in tried.items():
-        yield from ({name: value} for value in values)
-    if len(hyper) > 1:
-        for k in range(max(map(len, tried.values()))):
-            yield {name: values[(k + j) % len(values)] for j, (name, values) in enumerate(tried.items())}
+        yield from ({name: value} for value in (values[0], values[-1]))
+    for k in range(max(map(len, tried.values()))):
+        yield {name: values[(k + j) % len(values)] for j, (name, values) in enumerate(tried.items())}
 
 
 def difference(
