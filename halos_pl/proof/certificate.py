@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import platform
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
-from importlib.metadata import version
 from typing import Any
 
 from flint import fmpq_mpoly
-from torch import nn
 
-from halos_pl.proof import verify
-from halos_pl.proof.claims import Claim, Decision, Prover
+from halos_pl.proof import form, verify
+from halos_pl.proof.agreement import compare
+from halos_pl.proof.claims import Decision, Prover
+from halos_pl.proof.construction import Build
 from halos_pl.proof.element import Element
-from halos_pl.proof.interval import PRECISION, Interval
+from halos_pl.proof.interval import Interval
 from halos_pl.proof.pieces import Piece
 from halos_pl.proof.prove import Outcome, Proof
 from halos_pl.proof.roots import Bound
-
-FORMAT = 1
 
 
 class NotCertifiableError(ValueError):
@@ -31,7 +27,7 @@ class NotCertifiableError(ValueError):
 
 def _terms(polynomial: fmpq_mpoly, order: Mapping[int, int]) -> list[Any]:
     return [
-        [str(coefficient), {str(order[i]): int(e) for i, e in enumerate(exponents) if e}]
+        [str(coefficient), sorted([order[i], int(e)] for i, e in enumerate(exponents) if e)]
         for exponents, coefficient in polynomial.terms()
     ]
 
@@ -68,13 +64,13 @@ def _merged(prover: Prover, decision: Decision) -> list[tuple[Piece, list[tuple[
     ]
 
 
-def _range(interval: Interval, value: Fraction) -> dict[str, Any]:
+def _range(name: str, interval: Interval) -> dict[str, Any]:
     return {
+        "name": name,
         "low": str(interval.exact_low) if interval.exact_low is not None else None,
         "high": str(interval.exact_high) if interval.exact_high is not None else None,
-        "above_low": interval.above_low,
-        "below_high": interval.below_high,
-        "value": str(value),
+        "above_low": interval.exact_low is None or interval.above_low,
+        "below_high": interval.exact_high is None or interval.below_high,
     }
 
 
@@ -94,34 +90,33 @@ def _graph(prover: Prover, pieces: list[Piece]) -> dict[str, Any]:
                 "kind": kernel.kind,
                 "argument": _element(kernel.argument, order),
                 "exponent": _text(kernel.exponent),
-                "text": field.name(i),
             }
         )
         order[i] = len(order)
-    values = prover.samples[0]
     return {
-        "recorded": [list(node) for node in prover.nodes],
-        "parameters": {name: _range(prover.parameters[name], values[name]) for name in field.parameters},
+        "parameters": [_range(name, prover.parameters[name]) for name in field.parameters],
         "kernels": kernels,
         "pieces": [
-            {
-                "low": _text(piece.low),
-                "high": _text(piece.high),
-                "value": _element(piece.expression, order),
-                "text": str(piece.expression),
-            }
+            {"low": _text(piece.low), "high": _text(piece.high), "value": _element(piece.expression, order)}
             for piece in pieces
         ],
     }
 
 
-def _enclosure(prover: Prover, claim: Claim, piece: Piece, low: Bound, high: Bound) -> str:
-    """The derivative on a cell, for people."""
-    target = piece.expression.derivative if claim.order == 1 else piece.expression.derivative.derivative
+def _enclosed(chain: verify.Chain, claim: str, value: Any, low: Bound, high: Bound) -> list[str | None]:
+    """The ends of a cell and of an interval that contains the derivative on it; None: not bounded there."""
+    found: list[str | None] = [None, None]
     try:
-        return str(piece.box(prover.field, prover.parameters, low, high).range(target))
-    except ValueError:
-        return "not enclosed; its sign is that of its factors"
+        span = verify.number(_text(low), -verify.INF), verify.number(_text(high), verify.INF)
+        ends = verify.Cell(chain, *span).range(verify.target(chain, {"claim": claim}, value))
+        outwards = [float(ends[0]), float(ends[1])]
+        outwards = [
+            x if x == 0 else math.nextafter(x, side) for x, side in zip(outwards, (-math.inf, math.inf), strict=True)
+        ]
+        found = [str(Fraction(repr(x))) if math.isfinite(x) else None for x in outwards]
+    except (verify.RefusedError, OverflowError):
+        pass
+    return [_text(low), _text(high), *found]
 
 
 def _proved(outcome: Outcome) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -129,89 +124,60 @@ def _proved(outcome: Outcome) -> tuple[dict[str, Any], dict[str, Any]]:
     assert outcome.prover is not None
     assert outcome.decision is not None
     merged = _merged(outcome.prover, outcome.decision)
-    claim = {
-        "claim": outcome.claim.name,
-        "status": "proved",
-        "scope": outcome.scope,
-        "notes": list(outcome.notes),
-        "cells": {str(i): [[_text(a), _text(b)] for a, b in cells] for i, (_, cells) in enumerate(merged) if cells},
-        "enclosures": {
-            str(i): [_enclosure(outcome.prover, outcome.claim, piece, a, b) for a, b in cells]
-            for i, (piece, cells) in enumerate(merged)
-            if cells
-        },
-    }
-    return claim, _graph(outcome.prover, [piece for piece, _ in merged])
+    graph, name = _graph(outcome.prover, [piece for piece, _ in merged]), outcome.claim.name
+    chain = verify.Chain(graph)
+    cells = [
+        [_enclosed(chain, name, value, a, b) for a, b in parts]
+        for (_, parts), (_, _, value) in zip(merged, chain.pieces, strict=True)
+    ]
+    return {"claim": name, "cells": cells}, graph
 
 
-def certificate(proof: Proof, target: str, init_args: str | None, source: str) -> dict[str, Any]:
-    """The certificate of a proof, as plain data.
+def certificate(
+    proof: Proof, target: str, init_args: str | None, source: str, build: Build
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The certificate of a proof, as plain data, and by claim why it is not in there, or for fewer parameters.
 
-    A claim is certified for all hyper-parameters where the checker can follow, else for those given. One that it cannot
-    follow at all is listed as proved without a certificate, with the reason.
+    A claim is certified for all hyper-parameters where the checker can follow, else for those given.
 
     Args:
         proof: of a value function.
         target: its name, as on the command line.
         init_args: its arguments as JSON.
-        source: SHA-256 of its code; see :func:`source_hash`.
+        source: SHA-256 of its code; see :func:`~halos_pl.proof.source.source_hash`.
+        build: constructs it anew.
     """
     graphs: list[dict[str, Any]] = []
-    claims: list[dict[str, Any]] = []
-    for outcome in proof.outcomes.values():
-        entry: dict[str, Any] = {"claim": outcome.claim.name, "status": outcome.status, "reason": outcome.reason}
-        if outcome.status == "proved":
-            entry = _certified([outcome, outcome.narrower] if outcome.narrower else [outcome], graphs)
-        elif outcome.status == "disproved" and outcome.decision is not None:
-            decision = outcome.decision
-            entry["points"] = [str(u) for u in decision.points]
-            entry["values"] = [[str(x.lower()), str(x.upper())] for x in decision.values]
-            entry["parameters"] = {name: str(value) for name, value in decision.parameters.items()}
-        claims.append(entry)
-    return {
-        "format": FORMAT,
+    claims, reasons = [], {}
+    for name, outcome in proof.outcomes.items():
+        claim: dict[str, Any] = {"claim": name, "graph": None, "cells": []}
+        failed = [f"it is {outcome.status}"] if outcome.status != "proved" else []
+        for each in filter(None, [outcome, outcome.narrower] if not failed else []):
+            try:
+                found, graph = _proved(each)
+                form.require_graph(graph, "its expression")
+                form.require_cells(found["cells"], "its proof")
+                verify.check(graph, found)
+                if graph not in graphs:
+                    compare(graph, build)
+                    graphs.append(graph)
+            except (NotCertifiableError, form.FormError, verify.RefusedError) as error:
+                failed.append(f"{each.scope or 'as given'}: {error}")
+                continue
+            claim = {**found, "graph": graphs.index(graph)}
+            break
+        claims.append(claim)
+        if failed:
+            reasons[name] = "; ".join(failed)
+    data = {
+        "format": form.FORMAT,
         "target": target,
         "init_args": init_args,
         "source": source,
-        "precision": PRECISION,
-        "tolerance": "2^-40",
-        "versions": {name: version(name) for name in ("python-flint", "torch")} | {"python": platform.python_version()},
-        "claims": claims,
+        "precision": verify.PRECISION,
+        "tolerance": form.TOLERANCE,
+        "versions": form.versions(),
+        "claims": [{key: claim[key] for key in ("claim", "graph", "cells")} for claim in claims],
         "graphs": graphs,
     }
-
-
-def _certified(outcomes: list[Outcome], graphs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The claim of the first outcome that the checker can follow; its chain is added to ``graphs``."""
-    reasons = []
-    for outcome in outcomes:
-        try:
-            claim, graph = _proved(outcome)
-            verify.check(graph, claim)
-        except (NotCertifiableError, verify.RefusedError) as error:
-            reasons.append(f"{outcome.scope or 'as given'}: {error}")
-            continue
-        if graph not in graphs:
-            graphs.append(graph)
-        return claim | {"graph": graphs.index(graph), "reason": "; ".join(reasons)}
-    return {"claim": outcomes[0].claim.name, "status": "not certified", "reason": "; ".join(reasons)}
-
-
-def source_hash(v: nn.Module) -> str:
-    """SHA-256 of the code of the classes of v and of all functions within it."""
-    classes = sorted(
-        {
-            cls
-            for module in v.modules()
-            for cls in type(module).__mro__
-            if not cls.__module__.startswith(("torch", "builtins"))
-        },
-        key=lambda cls: cls.__qualname__,
-    )
-    digest = hashlib.sha256()
-    for cls in classes:
-        try:
-            digest.update(inspect.getsource(cls).encode())
-        except (OSError, TypeError):  # made by a program
-            digest.update(cls.__qualname__.encode())
-    return digest.hexdigest()
+    return data, reasons

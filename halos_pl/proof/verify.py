@@ -16,7 +16,7 @@ from typing import Any
 from flint import Ordering, arb, arb_poly, ctx, fmpq, fmpq_mpoly_ctx, fmpq_poly
 
 Quotient = tuple[Any, Any]  # of polynomials
-INF, ZERO, TOLERANCE, PRECISION = arb("inf"), arb(0), arb(2) ** -40, 160
+INF, ZERO, TOLERANCE, PRECISION = arb("inf"), arb(0), arb(2) ** -48, 160
 CLAIMS = {"non_decreasing": (1, 1, 0), "concave_on_gains": (2, -1, 1), "undesirable_concave_on_gains": (2, 1, -1)}
 FUNCTIONS: dict[str, tuple[Callable[[arb, Any], arb], Any, Any]] = {  # rising functions and their limits
     "exp": (lambda x, p: x.exp(), ZERO, INF),
@@ -25,7 +25,7 @@ FUNCTIONS: dict[str, tuple[Callable[[arb, Any], arb], Any, Any]] = {  # rising f
     "log": (lambda x, p: x.log(), -INF, INF),
     "atan": (lambda x, p: x.atan(), arb(-2), arb(2)),
     "erf": (lambda x, p: x.erf(), arb(-1), arb(1)),
-    "log_ndtr": (lambda x, p: ((-x / arb(2).sqrt()).erfc() / 2).log(), -INF, ZERO),
+    "log_ndtr": (lambda x, p: _log_ndtr(x), -INF, ZERO),
     "hazard": (lambda x, p: (2 / arb.pi()).sqrt() * (-x * x / 2).exp() / (x / arb(2).sqrt()).erfc(), ZERO, INF),
     "gap": (lambda x, p: x + FUNCTIONS["hazard"][0](-x, p), ZERO, INF),
     "power": (lambda x, p: x**p, ZERO, INF),
@@ -33,12 +33,17 @@ FUNCTIONS: dict[str, tuple[Callable[[arb, Any], arb], Any, Any]] = {  # rising f
 }
 
 
+def _log_ndtr(x: arb) -> arb:
+    tail = -x * x / 2 - (-x * (2 * arb.pi()).sqrt()).log() + ZERO.union(-2 / x**2)  # Mills' ratio
+    return tail if x < -10_000 else ((-x / arb(2).sqrt()).erfc() / 2).log()
+
+
 class RefusedError(ValueError):
     """The certificate does not prove what it claims; the message says why."""
 
 
 def number(text: str | None, otherwise: Any = None) -> Any:
-    """A rational from its text."""
+    """A rational from its text, which is a whole number or a fraction."""
     return otherwise if text is None else fmpq(*Fraction(text).as_integer_ratio())
 
 
@@ -60,21 +65,20 @@ class Chain:
     """Quotients in lowest terms, kernels and derivatives."""
 
     def __init__(self, graph: dict[str, Any]) -> None:
-        self.ctx = fmpq_mpoly_ctx.get([f"x{i}" for i in range(40 + 6 * len(graph["kernels"]))], Ordering.lex)
+        variables = 40 + len(graph["parameters"]) + 6 * len(graph["kernels"])
+        self.ctx = fmpq_mpoly_ctx.get([f"x{i}" for i in range(variables)], Ordering.lex)
         self.x, self.one = self.ctx.gens(), self.ctx.constant(1)
         self.zero = 0 * self.one, self.one
         self.kernels, self.index = dict[int, tuple[str, Quotient, Any]](), dict[str, int]()
-        self.sparse: dict[int, Any] = {}
-        self.parameters = {1 + i: p for i, p in enumerate(graph["parameters"].values())}
+        self.parameters = {1 + i: p for i, p in enumerate(graph["parameters"])}
         for k in graph["kernels"]:
             self.kernel(k["kind"], self.read(k["argument"]), number(k["exponent"]))
         self.pieces = [(*_span(piece), self.read(piece["value"])) for piece in graph["pieces"]]
+        if len(self.kernels) < len(graph["kernels"]):
+            raise RefusedError("a function occurs twice")
 
     def read(self, data: Sequence[list[Any]]) -> Quotient:
-        known = {str(i) for i in (0, *self.parameters, *self.kernels)}
-        if any(not known >= powers.keys() for terms in data for _, powers in terms):
-            raise RefusedError("an expression uses a function that is not defined before it")
-        n, d = ({tuple(e.get(str(i), 0) for i in range(len(self.x))): number(c) for c, e in terms} for terms in data)
+        n, d = ({tuple(dict(e).get(i, 0) for i in range(len(self.x))): number(c) for c, e in terms} for terms in data)
         return self.ratio(self.ctx.from_dict(n), self.ctx.from_dict(d))
 
     def ratio(self, n: Any, d: Any) -> Quotient:
@@ -133,21 +137,6 @@ class Chain:
         for i in [i for i, k in enumerate((n * d).degrees()) if k > 0]:
             total = self.add(total, self.mul((n.derivative(i) * d - n * d.derivative(i), d * d), self.slope(i)))
         return total
-
-    def at(self, a: Quotient, known: dict[int, arb]) -> arb:  # values of variables, to which kernels are added
-        ends = [ZERO, ZERO]
-        for place, p in enumerate(a):
-            if id(p) not in self.sparse:  # powers one by one: a ball around 0 has none in python-flint
-                rows = [(arb(c), enumerate(e)) for e, c in p.terms()]
-                self.sparse[id(p)] = [(c, [i for i, k in e for _ in range(int(k))]) for c, e in rows]
-            for c, powers in self.sparse[id(p)]:
-                for i in powers:
-                    if i not in known:
-                        kind, g, q = self.kernels[i]
-                        known[i] = FUNCTIONS[kind][0](self.at(g, known), q)
-                    c = c * known[i]
-                ends[place] += c
-        return ends[0] / ends[1]
 
 
 class Cell:
@@ -249,51 +238,62 @@ def _covers(parts: Sequence[tuple[Any, Any]], low: Any, high: Any, overlap: bool
     return bool(parts) and parts[0][0] == low and parts[-1][1] == high and met and all(a < b for a, b in parts)
 
 
-def check(graph: dict[str, Any], claim: dict[str, Any]) -> None:
-    """Raises RefusedError unless the cells and seams of the chain prove the claim."""
-    chain, (order, wanted, side) = Chain(graph), CLAIMS[claim["claim"]]
+def target(chain: Chain, claim: dict[str, Any], value: Quotient) -> Quotient:
+    """The derivative that a claim is about, on a piece."""
+    slope = chain.derivative(value)
+    return slope if CLAIMS[claim["claim"]][0] == 1 else chain.derivative(slope)
+
+
+def check(graph: dict[str, Any], claim: dict[str, Any]) -> list[str]:
+    """The jumps that the tolerance excuses; raises RefusedError unless the cells and seams prove the claim."""
+    chain, (_, wanted, side), jumps = Chain(graph), CLAIMS[claim["claim"]], list[str]()
     if not _covers([(low, high) for low, high, _ in chain.pieces], -INF, INF, overlap=True):
         raise RefusedError("the pieces do not cover the real line")
     for i, (low, high, value) in enumerate(chain.pieces):
         low, high = fmpq(0) if side > 0 and low < 0 else low, fmpq(0) if side < 0 and high > 0 else high
-        cells = [(number(a, -INF), number(b, INF)) for a, b in claim["cells"].get(str(i), [])]
-        if low < high and not _covers(cells, low, high):
-            raise RefusedError(f"the cells of piece {i} do not cover it")
-        target = chain.derivative(value) if order == 1 else chain.derivative(chain.derivative(value))
-        for a, b in cells if low < high else []:
+        cells = [tuple(map(number, ends, (-INF, INF) * 2)) for ends in claim["cells"][i]]
+        if not (_covers([(a, b) for a, b, _, _ in cells], low, high) if low < high else not cells):
+            raise RefusedError(f"the cells of piece {i} are not a cover of it")
+        signed = target(chain, claim, value)
+        for a, b, least, most in cells:
             for x in [(a, b)] if a == low else [(a, b), (a, a)]:  # v is smooth on a cell, and where two meet
                 Cell(chain, *x).range(value)
             cell = Cell(chain, a, b)
-            if cell.sign(target)[0] not in (0, wanted):
-                slope = cell.sign(chain.derivative(target))[0]
+            found = cell.range(signed) if abs(arb(least)) < INF or abs(arb(most)) < INF else (least, most)
+            if not (least <= found[0] and found[1] <= most):
+                raise RefusedError(f"a derivative on piece {i} is not enclosed as it says")
+            if cell.sign(signed)[0] not in (0, wanted):
+                slope = cell.sign(chain.derivative(signed))[0]
                 end = a if slope == wanted else b  # from here, where the sign is right, it moves away from 0
-                _step(chain, chain.zero, target, end, end, wanted if slope and abs(arb(end)) < INF else 2)
+                jumps += _step(chain, chain.zero, signed, end, end, wanted if slope and abs(arb(end)) < INF else 2)
     for (_, high, left), (low, _, right) in pairwise(chain.pieces):
         if not (side and high == low == 0) and not (side > 0 and high <= 0) and not (side < 0 and low >= 0):
-            _step(chain, left, right, low, high, 0 if side else 1)
+            jumps += _step(chain, left, right, low, high, 0 if side else 1)
             if side:
-                _step(chain, chain.derivative(left), chain.derivative(right), low, high, wanted)
+                jumps += _step(chain, chain.derivative(left), chain.derivative(right), low, high, wanted)
+    return jumps
 
 
-def _step(chain: Chain, left: Quotient, right: Quotient, low: Any, high: Any, allowed: int) -> None:
+def _step(chain: Chain, left: Quotient, right: Quotient, low: Any, high: Any, allowed: int) -> list[str]:
     """Raises RefusedError if ``right - left`` is neither 0 nor of the allowed sign, within the tolerance."""
     cell = Cell(chain, low, high)
-    if allowed == 2 or cell.sign(chain.add(right, (-left[0], left[1])))[0] not in (0, allowed):
-        a, b = cell.range(left), cell.range(right)
-        size = TOLERANCE * (a[2] + b[2])
-        fits = (allowed == 1 or b[1] - a[0] <= size) and (allowed == -1 or b[0] - a[1] >= -size)
-        if allowed == 2 or not size < INF or not fits:
-            raise RefusedError(f"a value, slope or curvature has the wrong sign, or a jump, at or near {low}")
+    if allowed != 2 and cell.sign(chain.add(right, (-left[0], left[1])))[0] in (0, allowed):
+        return []
+    a, b = cell.range(left), cell.range(right)
+    size, up, down = TOLERANCE * (a[2] + b[2]), b[1] - a[0], b[0] - a[1]
+    if allowed == 2 or not size < INF or not (allowed == 1 or up <= size) or not (allowed == -1 or down >= -size):
+        raise RefusedError(f"a value, slope or curvature has the wrong sign, or a jump, at or near {low}")
+    size = greatest([up, -down]) if up < 0 or down > 0 else ZERO
+    return [f"u = {float(arb(low)):.6g}: a jump of up to {float(size):.1e}, within the tolerance"] * bool(size > 0)
 
 
-def verify(certificate: dict[str, Any], source: str) -> list[dict[str, Any]]:
-    """The proved claims of a certificate, after all that it says about its chains has been checked.
+def verify(certificate: dict[str, Any], source: str) -> dict[str, list[str]]:
+    """The proved claims of a certificate, and for each the jumps that the tolerance excuses.
 
     ``source`` is the SHA-256 of the code of v as it is now. Raises RefusedError if a claim is not proved.
     """
-    ctx.prec, proved = PRECISION, [claim for claim in certificate["claims"] if claim["status"] == "proved"]
+    ctx.prec, claims, graphs = PRECISION, certificate["claims"], certificate["graphs"]
     if certificate["source"] != source:
         raise RefusedError("the code of v has changed since the proof; run halos prove again")
-    for claim in proved:
-        check(certificate["graphs"][claim["graph"]], claim)
-    return proved
+    proved = [claim for claim in claims if claim["graph"] is not None]
+    return {claim["claim"]: check(graphs[claim["graph"]], claim) for claim in proved}
