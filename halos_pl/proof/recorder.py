@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -37,6 +38,7 @@ _WHOLE_STAYS = {
     *("sign", "clamp", "clamp_min", "clamp_max", "minimum", "maximum", "amax", "amin", "max", "min", "where", "relu"),
     *("masked_fill", "index", "gather", "take", "index_select", "floor", "ceil", "trunc", "round", "remainder"),
 }
+_INDEXED = {"index", "gather", "take", "index_select"}
 _COUNTS = {"bucketize", "searchsorted"}
 _LOGICAL = {"logical_and", "logical_or", "logical_not", "any", "all", "lt", "le", "gt", "ge", "eq", "ne"}
 _BITWISE = {"bitwise_and", "bitwise_or", "bitwise_not"}
@@ -171,8 +173,9 @@ class Recorder(TorchDispatchMode):
             )
         with torch.utils._python_dispatch._disable_current_modes():
             try:
-                meta = tree_map_only(torch.device, lambda _: torch.device("meta"), kwargs)
-                out = func(*tree_map_only(Tensor, _empty, args), **tree_map_only(Tensor, _empty, meta))
+                fill = 0 if name in _INDEXED else 1  # a place that exists, and no division of whole numbers by 0
+                like = partial(_like, fill=fill)
+                out = func(*tree_map_only(Tensor, like, args), **tree_map_only(Tensor, like, kwargs))
             except Exception as error:
                 raise refused(f"{name}: {' '.join(str(error).split())[:120]}") from error
             if changes:
@@ -237,7 +240,7 @@ class Recorder(TorchDispatchMode):
         if name in _BITWISE and {*before, dtype} != {torch.bool}:
             raise refused(f"no rule for {name} of whole numbers")
         if dtype in _WHOLE and name not in _COUNTS:
-            of = args[0].dtype if name in ("index", "gather", "take", "index_select") else None
+            of = args[0].dtype if name in _INDEXED else None
             floats = {of} if of is not None else before
             if name not in _WHOLE_GROWS | _WHOLE_STAYS or not floats.isdisjoint(_NUMBERS):
                 raise refused(f"no rule for {name} with a result of dtype {dtype}")
@@ -281,6 +284,6 @@ class Recorder(TorchDispatchMode):
         return type(args)(map(self._lifted, args)) if isinstance(args, list | tuple) else args
 
 
-def _empty(x: Tensor) -> Tensor:
-    """A tensor of the same kind without numbers."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+def _like(x: Tensor, fill: int) -> Tensor:
+    """A tensor of the same kind, for the shape and dtype of a result; meta tensors would import torch's compiler."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).fill_(fill)
