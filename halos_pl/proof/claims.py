@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -330,13 +331,15 @@ class _Disproved(Exception):
 
 
 def _candidates(claim: Claim, place: Fraction, width: Fraction) -> Iterator[list[Fraction]]:
+    """Outcomes near ``place`` to compare, as short decimals and as they are."""
+    digits = 2 - math.floor(math.log10(width))
     if claim.order == 1:
-        yield [place - width, place + width]
-        yield [place - width, place]
-        yield [place, place + width]
+        for points in ([place - width, place + width], [place - width, place], [place, place + width]):
+            yield from ([round(u, digits) for u in points], points)
         return
     for middle in (place, place - width / 4, place + width / 4):
-        yield [middle - width, middle, middle + width]
+        for m, w in ((round(middle, digits), round(width, digits)), (middle, width)):
+            yield [m - w, m, m + w]
 
 
 def _differentiated(element: Element, order: int) -> Element:

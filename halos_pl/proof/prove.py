@@ -239,8 +239,9 @@ def witness(claim: Claim, decision: Decision) -> str:
 
 
 def _number(u: Fraction) -> str:
-    return f"{float(u):.17g}" if Fraction(f"{float(u):.17g}") == u else str(u)
+    return f"{float(u)!r}".removesuffix(".0") if Fraction(repr(float(u))) == u else str(u)
 
 
 def _digits(value: arb) -> str:
-    return str(value.str(20, radius=False))
+    text = str(value.str(20, radius=False))
+    return text.rstrip("0").removesuffix(".") if "." in text and "e" not in text else text
