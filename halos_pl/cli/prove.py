@@ -39,6 +39,11 @@ def value_function_of(target: str, init_args: str | None) -> ValueFunction:
     found = load_target(target, init_args)
     v = found if isinstance(found, ValueFunction) else getattr(found, "value_function", None)
     if not isinstance(v, ValueFunction):
+        terms = (getattr(term, "value_function", None) for term in found.modules())
+        if names := sorted({type(term).__name__ for term in terms if isinstance(term, ValueFunction)}):
+            raise TargetError(
+                f"{target} is a sum of terms with value functions of their own: name {' or '.join(names)}"
+            )
         raise TargetError(f"{target} is no value function and has none; name one, such as Logistic")
     return v
 
@@ -66,11 +71,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     from halos_pl.proof.source import source_hash
 
     target, init_args = question["target"], question["init_args"]
-
-    def build() -> ValueFunction:
-        return value_function_of(target, init_args)
-
-    v = build()
+    v = value_function_of(target, init_args)
     source = source_hash(v)
     proof = proved(v)
     width = max(map(len, proof.outcomes))
@@ -79,7 +80,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
         lines.append(f"{name:<{width}}  {outcome}")
         lines += [f"{'':<{width}}  {note}" for note in outcome.notes]
     statuses = [outcome.status for outcome in proof.outcomes.values() if outcome.claim.side >= 0]
-    data, reasons = certificate(proof, target, init_args, source, build) if question["certificate"] else (None, {})
+    data, reasons = certificate(proof, target, init_args, source, v) if question["certificate"] else (None, {})
     return {"lines": lines, "statuses": statuses, "certificate": data, "reasons": reasons}
 
 

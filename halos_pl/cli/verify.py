@@ -67,13 +67,11 @@ def _answer(data: dict[str, Any]) -> dict[str, Any]:
     from halos_pl.proof.verify import RefusedError
     from halos_pl.proof.verify import verify as verified
 
-    def build() -> Any:
-        return value_function_of(data["target"], data["init_args"])
-
+    v = value_function_of(data["target"], data["init_args"])
     try:
-        proved = verified(data, source_hash(build()))
+        proved = verified(data, source_hash(v))
         for graph in data["graphs"]:
-            compare(graph, build)
+            compare(graph, v)
     except RefusedError as error:
         return {"refused": str(error), "proved": {}}
     return {"refused": None, "proved": proved}

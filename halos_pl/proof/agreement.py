@@ -5,6 +5,7 @@ What is left to trust is that v is, between the points that are compared, the fu
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -13,11 +14,11 @@ from typing import Any
 
 import torch
 from flint import arb, ctx, fmpq
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from halos_pl.proof.construction import Build, Unknown, constructed, rebuilt, unknowns
+from halos_pl.proof.construction import Unknown, rebuilt, unknowns
 from halos_pl.proof.verify import FUNCTIONS, PRECISION, Chain, Quotient, RefusedError, greatest
-from value_functions import ValueFunction
 
 POINTS, FEWER = 10_000, 400  # for the parameters as they are, and for each of the others
 TAILS = (-6, 12)  # exponents of 10
@@ -25,28 +26,28 @@ _WIDEST, _ERROR = 1e-8, arb(2) ** -40  # of the sizes: of an enclosure, and of w
 _SINGLY = 20  # parameters that are also changed one at a time
 
 
-def compare(graph: dict[str, Any], build: Build) -> None:
+def compare(graph: dict[str, Any], v: nn.Module) -> None:
     """Raises RefusedError unless v agrees with the chain, for its parameters as they are and others in their ranges.
 
     Args:
         graph: of a certificate.
-        build: constructs v anew.
+        v: a value function; a copy in float64 is compared.
     """
     ctx.prec = PRECISION
-    chain, (v, made) = Chain(graph), constructed(build)
+    chain, v = Chain(graph), copy.deepcopy(v).to(torch.float64)
     own = unknowns(v)
     _require_ranges(graph["parameters"], own)
     claimed = {p["name"]: own[p["name"]] for p in graph["parameters"]}
     _agree(chain, v, {name: each.value for name, each in claimed.items()}, POINTS)
     changed = set[str]()
     for values in _others(claimed):
-        other = rebuilt(build, made, claimed, values)
+        other = rebuilt(v, claimed, values)
         if other is not None:
             changed |= values.keys()
             now = unknowns(other)
             _agree(chain, other, {name: now[name].value for name in claimed}, FEWER)
     if fixed := [name for name, each in claimed.items() if not each.learnable and name not in changed]:
-        raise RefusedError(f"it is for a range of {fixed[0]}, but v cannot be constructed with another value of it")
+        raise RefusedError(f"it is for a range of {fixed[0]}, but v cannot be built with another value of it")
 
 
 def _require_ranges(parameters: Sequence[Mapping[str, Any]], own: Mapping[str, Unknown]) -> None:
@@ -125,7 +126,7 @@ def _points(chain: Chain, count: int) -> list[float]:
     return sorted(found, key=abs)
 
 
-def _agree(chain: Chain, v: ValueFunction, parameters: Mapping[str, Fraction], count: int) -> None:
+def _agree(chain: Chain, v: nn.Module, parameters: Mapping[str, Fraction], count: int) -> None:
     curve, us = _Curve(chain, [*parameters.values()]), _points(chain, count)
     found = [(u, curve.at(u)) for u in us]
     expected, largest = (
@@ -161,7 +162,7 @@ class _ExactSoftplus(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _values(v: ValueFunction, us: list[float]) -> Iterator[tuple[float, float]]:
+def _values(v: nn.Module, us: list[float]) -> Iterator[tuple[float, float]]:
     """u and v(u) of all outcomes, in several orders, sizes of batches and modes."""
     mixed = Random(0).sample(us, len(us))
     small, large = mixed[: len(us) // 20], mixed[len(us) // 20 :]

@@ -9,11 +9,11 @@ from fractions import Fraction
 from typing import Any
 
 from flint import fmpq_mpoly
+from torch import nn
 
 from halos_pl.proof import form, verify
 from halos_pl.proof.agreement import compare
 from halos_pl.proof.claims import Decision, Prover
-from halos_pl.proof.construction import Build
 from halos_pl.proof.element import Element
 from halos_pl.proof.interval import Interval
 from halos_pl.proof.pieces import Piece
@@ -134,7 +134,7 @@ def _proved(outcome: Outcome) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def certificate(
-    proof: Proof, target: str, init_args: str | None, source: str, build: Build
+    proof: Proof, target: str, init_args: str | None, source: str, v: nn.Module
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The certificate of a proof, as plain data, and by claim why it is not in there, or for fewer parameters.
 
@@ -145,7 +145,7 @@ def certificate(
         target: its name, as on the command line.
         init_args: its arguments as JSON.
         source: SHA-256 of its code; see :func:`~halos_pl.proof.source.source_hash`.
-        build: constructs it anew.
+        v: the value function.
     """
     graphs: list[dict[str, Any]] = []
     claims, reasons = [], {}
@@ -159,7 +159,7 @@ def certificate(
                 form.require_cells(found["cells"], "its proof")
                 verify.check(graph, found)
                 if graph not in graphs:
-                    compare(graph, build)
+                    compare(graph, v)
                     graphs.append(graph)
             except (NotCertifiableError, form.FormError, verify.RefusedError) as error:
                 failed.append(f"{each.scope or 'as given'}: {error}")

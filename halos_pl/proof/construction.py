@@ -1,25 +1,23 @@
-"""The parameters of a value function, and value functions that are constructed anew with other values of them."""
+"""The parameters of a value function, and value functions that are built anew with other values of them."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import wraps
 from typing import Any
 
 import torch
+from torch import nn
 
-from halos_pl.common.subclasses import every_subclass
 from halos_pl.proof.verify import RefusedError
-from value_functions import ValueFunction
 from value_functions.ranges import ANY, Range
 
-Build = Callable[[], ValueFunction]
-Changes = dict[tuple[str, int | None], float]  # by argument, and by index if that is a list
+# By id of the module and attribute: the other value, or those of some entries if the attribute is a list.
+Changes = Mapping[tuple[int, str], Mapping[int | None, float]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Unknown:
         return [Fraction(repr(x)) for x in found if x in self.range and not math.isinf(x)]
 
 
-def unknowns(v: ValueFunction) -> dict[str, Unknown]:
+def unknowns(v: nn.Module) -> dict[str, Unknown]:
     """The learnable parameters of v and the hyper-parameters with a range, by name."""
     found = {}
     for number, (path, module) in enumerate(v.named_modules()):
@@ -95,95 +93,58 @@ def unknowns(v: ValueFunction) -> dict[str, Unknown]:
     return found
 
 
-def constructed(build: Build) -> tuple[ValueFunction, dict[int, int]]:
-    """v in float64, and for the number of each of its modules when that was constructed: first, second, ..."""
-    with _constructing({}) as made:
-        v = build().double()
-    order = {id(each): i for i, each in enumerate(made)}
-    return v, {i: order[id(module)] for i, module in enumerate(v.modules()) if id(module) in order}
+def built(module: nn.Module, changes: Changes) -> nn.Module:
+    """The module, built by its constructor from its attributes, some of them changed.
+
+    Raises:
+        TypeError, AttributeError: the attributes do not have the names of the constructor's arguments.
+        ValueError: the constructor does not accept the values.
+    """
+    arguments = {}
+    for name, parameter in inspect.signature(type(module)).parameters.items():
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD and parameter.kind is not parameter.KEYWORD_ONLY:
+            raise TypeError(f"{type(module).__name__} accepts any arguments")
+        value = getattr(module, name)
+        for index, other in changes.get((id(module), name), {}).items():
+            value = other if index is None else [*value[:index], other, *value[index + 1 :]]
+        arguments[name] = _with_modules(value, changes)
+    return type(module)(**arguments).train(module.training)
 
 
-def rebuilt(
-    build: Build, made: Mapping[int, int], claimed: Mapping[str, Unknown], values: Mapping[str, Fraction]
-) -> ValueFunction | None:
-    """v in float64 with other values of parameters; None if its class does not accept them together.
+def _with_modules(value: Any, changes: Changes) -> Any:
+    if isinstance(value, list | tuple | nn.ModuleList):
+        return [_with_modules(each, changes) for each in value]
+    owners = {owner for owner, _ in changes}
+    if isinstance(value, nn.Module) and any(id(module) in owners for module in value.modules()):
+        return built(value, changes)
+    return value
+
+
+def rebuilt(v: nn.Module, claimed: Mapping[str, Unknown], values: Mapping[str, Fraction]) -> nn.Module | None:
+    """A copy of v with other values of parameters; None if its class does not accept them together.
 
     Raises:
         RefusedError: its constructor does not take these parameters, or does something else with them.
     """
-    wanted: dict[int, Changes] = {}
+    v = copy.deepcopy(v)
+    modules, changes = [*v.modules()], dict[tuple[int, str], dict[int | None, float]]()
     for name, value in values.items():
         each = claimed[name]
         if not each.parameter:
-            if each.module not in made:
-                raise RefusedError(f"it is for a range of {name}, which no constructor sets")
-            wanted.setdefault(made[each.module], {})[each.name, each.index] = float(value)
-    with _constructing(wanted):
-        try:
-            v = build().double()
-        except RefusedError:
-            raise
-        except Exception:
-            return None
-    if left := [name for changes in wanted.values() for name, _ in changes]:
-        raise RefusedError(f"it is for a range of {left[0]}, which is no argument of its class")
-    modules = [*v.modules()]
+            changes.setdefault((id(modules[each.module]), each.name), {})[each.index] = float(value)
+    try:
+        other = built(v, changes).to(torch.float64) if changes else v
+    except ValueError:
+        return None
+    except (TypeError, AttributeError) as error:
+        raise RefusedError(f"it is for ranges, but v cannot be built with other hyper-parameters: {error}") from error
+    modules = [*other.modules()]
     with torch.no_grad():
         for name, value in values.items():
             if (each := claimed[name]).parameter:
                 getattr(modules[each.module], each.name).data.reshape(-1)[each.index] = float(value)
-    now = unknowns(v)
+    now = unknowns(other)
     for name, value in values.items():
         if name not in now or (not claimed[name].parameter and now[name].value != value):
-            raise RefusedError(f"it is for a range of {name}, but v made with {float(value):g} has another {name}")
-    return v
-
-
-@contextmanager
-def _constructing(wanted: dict[int, Changes]) -> Iterator[list[ValueFunction]]:
-    """Collects value functions in the order in which they are constructed, with changes to their arguments.
-
-    A change is removed from ``wanted`` once it has been made: in the constructor of the class itself if that has the
-    argument, else in the one that it calls.
-    """
-    made: list[ValueFunction] = []
-    originals: list[tuple[Any, Any]] = []
-
-    def watch(cls: Any) -> None:
-        if "__init__" not in vars(cls):
-            return
-        init = cls.__init__
-
-        @wraps(init)
-        def constructor(self: ValueFunction, *args: Any, **kwargs: Any) -> None:
-            number = next((i for i, other in enumerate(made) if other is self), len(made))
-            if number == len(made):
-                made.append(self)
-            if changes := wanted.get(number):
-                bound = inspect.signature(init).bind(self, *args, **kwargs)
-                bound.apply_defaults()
-                for name, index in [key for key in changes if key[0] in bound.arguments]:
-                    value = changes.pop((name, index))
-                    if index is not None:
-                        entries = list(bound.arguments[name])
-                        entries[index] = value
-                    bound.arguments[name] = value if index is None else entries
-                args, kwargs = bound.args[1:], bound.kwargs
-            init(self, *args, **kwargs)
-
-        originals.append((cls, init))
-        cls.__init__ = constructor
-
-    def watch_new(cls: Any, **kwargs: Any) -> None:
-        super(ValueFunction, cls).__init_subclass__(**kwargs)
-        watch(cls)
-
-    for cls in [*every_subclass(ValueFunction)]:
-        watch(cls)
-    ValueFunction.__init_subclass__ = classmethod(watch_new)  # type: ignore[assignment, arg-type]
-    try:
-        yield made
-    finally:
-        del ValueFunction.__init_subclass__
-        for cls, init in originals:
-            cls.__init__ = init
+            raise RefusedError(f"it is for a range of {name}, but v built with {float(value):g} has another {name}")
+    return other

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
 
 from flint import arb
 from torch import nn
 
+from halos_pl.proof.construction import built
 from halos_pl.proof.point import ordered, value_at
 from halos_pl.proof.program import Node, rational
 from halos_pl.proof.recorder import UntraceableError
@@ -20,34 +19,6 @@ _TRIED = (-1000.0, -10.0, -1.5, -0.5, 0.0, 0.01, 0.3, 0.75, 1.0, 1.5, 3.0, 10.0,
 _OUTCOMES = [Fraction(sign) * Fraction(u) for u in ("0.001", "0.3", "1", "2.7", "10", "77", "1000", "100000")
              for sign in (-1, 1)]  # fmt: skip
 _SHARE = Fraction(1, 2**20)  # a difference of large rounded constants may be inaccurate
-Changes = Mapping[tuple[int, str], Mapping[int | None, float]]
-
-
-def _built(module: nn.Module, changes: Changes) -> nn.Module:
-    """The module, built by its constructor from its attributes, some of them changed.
-
-    Raises:
-        TypeError, AttributeError: the attributes do not have the names of the constructor's arguments.
-        ValueError: the constructor does not accept the values.
-    """
-    arguments = {}
-    for name, parameter in inspect.signature(type(module)).parameters.items():
-        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD and parameter.kind is not parameter.KEYWORD_ONLY:
-            raise TypeError(f"{type(module).__name__} accepts any arguments")
-        value = getattr(module, name)
-        for index, other in changes.get((id(module), name), {}).items():
-            value = other if index is None else [*value[:index], other, *value[index + 1 :]]
-        arguments[name] = _with_modules(value, changes)
-    return type(module)(**arguments).train(module.training)
-
-
-def _with_modules(value: Any, changes: Changes) -> Any:
-    if isinstance(value, list | tuple | nn.ModuleList):
-        return [_with_modules(each, changes) for each in value]
-    owners = {owner for owner, _ in changes}
-    if isinstance(value, nn.Module) and any(id(module) in owners for module in value.modules()):
-        return _built(value, changes)
-    return value
 
 
 def _tried(symbol: Symbol) -> list[float]:
@@ -84,7 +55,7 @@ def difference(
         hyper: those that are hyper-parameters.
         own: the present value of each unknown.
     """
-    built = 0
+    count = 0
     for setting in _settings(hyper):
         changes: dict[tuple[int, str], dict[int | None, float]] = {}
         for name, value in setting.items():
@@ -92,12 +63,12 @@ def difference(
             changes.setdefault((id(symbol.module), symbol.name), {})[symbol.index] = value
         text = ", ".join(f"{name} = {value:g}" for name, value in setting.items())
         try:
-            other = _built(v, changes)
+            other = built(v, changes)
         except ValueError:
             continue  # there is no such function
         except (TypeError, AttributeError) as error:
             return f"it cannot be built with other hyper-parameters: {error}"
-        built += 1
+        count += 1
         modules = dict(other.named_modules())
         there = {name: _moved(symbol, name, modules) for name, symbol in symbols.items()}
         numbers = {**own, **{name: rational(value) for name, value in setting.items()}}
@@ -108,7 +79,7 @@ def difference(
             return f"built with {text}, it {error}"
         if not same or any(_differs(graph, plain, u, numbers) for u in _OUTCOMES):
             return f"built with {text}, it is another function"
-    return "" if built else "it cannot be built with other hyper-parameters"
+    return "" if count else "it cannot be built with other hyper-parameters"
 
 
 def _moved(symbol: Symbol, name: str, modules: Mapping[str, nn.Module]) -> Symbol:
