@@ -20,6 +20,8 @@ from halos_pl.conformance.witness import pair
 
 CALLS = 5000
 _WORN = f"after {CALLS:,} calls"
+# Calls after which a part is compared again that has been worn, or whose parameters have moved.
+_CALLS_LATER = 20
 # Steps on which a clause is tried for a part as it is later.
 _EXAMPLES = 12
 _ROUNDED = 2e-2  # of a matrix product in bfloat16
@@ -94,6 +96,8 @@ class PartCase(Case):
         witness, worn = self.worn
         if witness is None and state_of(worn) != state_of(duplicate(self.target)):
             cases.append((_WORN, self.of(worn, _EXAMPLES)))
+        for _, case in cases:
+            case.steps = _CALLS_LATER
         return cases
 
     def now_and_later(self, law: Law) -> str | None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from halos_pl.batch import LogProbBatch
 from halos_pl.conformance.clause import Clause, Law, explained
 from halos_pl.conformance.duplicate import duplicate
-from halos_pl.conformance.later import CALLS
 from halos_pl.conformance.reference_case import RELATIVE, ReferencePointCase, first_difference, untied
 from halos_pl.conformance.reference_slope import other_slope, other_slope_at_ties
 from halos_pl.conformance.reference_split import reference_split
@@ -80,7 +79,7 @@ def reference_in_range(case: ReferencePointCase) -> str | None:
         return "z0 is each row's own reward, so that every outcome is 0"
     worn = case.worn[1]
     if witness is None and _moves(case, case.fresh(), case.small) and not _moves(case, worn, case.small):  # type: ignore[arg-type]
-        return f"z0 no longer depends on the rewards of the step after {CALLS:,} calls"
+        return f"z0 no longer depends on the rewards of the step after {case.steps:,} calls"
     return witness
 
 

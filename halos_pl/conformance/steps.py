@@ -211,7 +211,8 @@ def gradient_of(loss: torch.Tensor, leaf: torch.Tensor, cotangent: float = 1.0) 
     """The gradient of a scalar with respect to ``leaf``, from that of ``cotangent`` * loss; zeros if there is none."""
     if not loss.requires_grad:
         return torch.zeros_like(leaf)
-    (gradient,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, cotangent), allow_unused=True)
+    # Of the product, since torch imports sympy (half a second) if it is passed an upstream gradient.
+    (gradient,) = torch.autograd.grad(loss * cotangent, leaf, allow_unused=True)
     return torch.zeros_like(leaf) if gradient is None else gradient / cotangent
 
 
