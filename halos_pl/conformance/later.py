@@ -19,7 +19,6 @@ from halos_pl.conformance.states import STATES, copies, pushed
 from halos_pl.conformance.witness import pair
 
 CALLS = 5000
-_WORN = f"after {CALLS:,} calls"
 # Calls after which a part is compared again that has been worn, or whose parameters have moved.
 _CALLS_LATER = 20
 # Steps on which a clause is tried for a part as it is later.
@@ -89,13 +88,17 @@ class PartCase(Case):
                     return f"{_off(first, result)} on call {call}", part
         return None, part
 
+    @property
+    def _when_worn(self) -> str:
+        return f"after {self.steps:,} calls"
+
     @cached_property
     def later(self) -> list[tuple[str, PartCase]]:
         """Cases of the part with other parameters, and after many calls if these have changed it."""
         cases = [(f"with {words}", self.of(part, _EXAMPLES)) for words, part in pushed(self.target)]
         witness, worn = self.worn
         if witness is None and state_of(worn) != state_of(duplicate(self.target)):
-            cases.append((_WORN, self.of(worn, _EXAMPLES)))
+            cases.append((self._when_worn, self.of(worn, _EXAMPLES)))
         for _, case in cases:
             case.steps = _CALLS_LATER
         return cases
@@ -104,7 +107,7 @@ class PartCase(Case):
         """The witness of a clause for the part as it is, else as it may be later in training."""
         if (witness := self.witness(law)) is not None:
             return witness
-        later = [(words, case) for words, case in self.later if words != _WORN or self.with_history(law)]
+        later = [(words, case) for words, case in self.later if words != self._when_worn or self.with_history(law)]
         found = ((words, case.witness(law)) for words, case in later)
         return next((f"{witness}, {words}" for words, witness in found if witness is not None), None)
 
