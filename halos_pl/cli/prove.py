@@ -29,14 +29,15 @@ def value_function_of(target: str, init_args: str | None) -> ValueFunction:
     from halos_pl.conformance.target import KINDS, TargetError, load_target
     from value_functions import ValueFunction
 
+    path = target
     try:
         if target in objectives():
-            target = str(config_file(target, objectives(), "halos prove"))
+            path = str(config_file(target, objectives(), "halos prove"))
         else:
             import_own(target, KINDS)
     except (PresetError, OwnPluginError) as error:
         raise TargetError(str(error)) from error
-    found = load_target(target, init_args)
+    found = load_target(path, init_args)
     v = found if isinstance(found, ValueFunction) else getattr(found, "value_function", None)
     if not isinstance(v, ValueFunction):
         terms = (getattr(term, "value_function", None) for term in found.modules())

@@ -11,6 +11,7 @@ from flint import arb
 from torch import nn
 
 from halos_pl.proof.claims import CLAIMS, Claim, Decision, Prover, Status
+from halos_pl.proof.contexts import mismatch
 from halos_pl.proof.element import UndecidedError
 from halos_pl.proof.interval import INF, NEGATIVE_INF, REALS, Interval
 from halos_pl.proof.program import Node, rational
@@ -152,6 +153,8 @@ def prove(v: nn.Module) -> Proof:
         plain = trace(v, {name: symbol for name, (symbol, _) in learnable.items()})
         deadline = time.process_time() + SECONDS
         outcomes = _decided(plain, _entries(learnable), deadline)
+        if why := _unfaithful(v, plain, learnable):
+            outcomes = _undecided(why)
         if hyper and any(outcome.status == "proved" for outcome in outcomes.values()):
             graph, unknowns = _recorded(v, learnable, hyper)
             entries, added = (
@@ -166,6 +169,14 @@ def prove(v: nn.Module) -> Proof:
     except UntraceableError as error:
         outcomes = _undecided(str(error))
     return Proof(type(v).__name__, outcomes, time.process_time() - start)
+
+
+def _unfaithful(v: nn.Module, graph: tuple[Node, ...], learnable: Unknowns) -> str:
+    """Why v, as programs call it, is not what was recorded; empty if it is."""
+    try:
+        return mismatch(v, graph, {name: value for name, (_, value) in _entries(learnable).items()})
+    except Exception as error:
+        return f"it raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _undecided(why: str, scope: str = "") -> dict[str, Outcome]:

@@ -111,7 +111,8 @@ class Recorded(Tensor):
 
 
 for _name in ("tolist", "numpy", "__array__", "data_ptr", "storage", "untyped_storage", "_typed_storage", "__dlpack__",
-              "__reduce_ex__", "__deepcopy__", "apply_", "map_", "map2_", "__repr__", "__format__"):  # fmt: skip
+              "__reduce_ex__", "__deepcopy__", "__hash__", "apply_", "map_", "map2_", "__repr__",
+              "__format__"):  # fmt: skip
     setattr(Recorded, _name, _looked(_name))
 
 
@@ -256,6 +257,8 @@ class Recorder(TorchDispatchMode):
                 result = lowering.truth(self.program, result)
         except NoRuleError as error:
             raise refused(str(error)) from error
+        except TypeError as error:
+            raise refused(f"no rule for {name} with these arguments") from error
         return result
 
     @staticmethod

@@ -91,6 +91,12 @@ FAULTY: dict[str, Callable[[Tensor], Tensor]] = {
     "large batches": lambda u: torch.tanh(u) if len(u) < 4 else -u,
     "tables": lambda u: torch.tanh(u) if u.dim() == 1 else torch.sin(u),
     "inference": lambda u: torch.sin(u) if torch.is_inference_mode_enabled() else torch.tanh(u),
+    "many rows": lambda u: u if u.numel() < 1000 else -u,
+    "far in the batch": lambda u: torch.where((torch.arange(u.numel()) > 500).view(u.shape), -u, u),
+    "four dimensions": lambda u: u if u.dim() < 4 else -u,
+    "default dtype": lambda u: -u if torch.get_default_dtype() == torch.float64 else u,
+    "a view with gaps": lambda u: u if u.is_contiguous() else -u,
+    "a subclass": lambda u: u if type(u) is not Tensor else -u,
     "random": lambda u: -u if random.random() < 1e-9 else u,
 }
 
@@ -125,7 +131,7 @@ def test_their_sound_relatives_are_not_disproved(name):
 
 
 def test_what_the_tolerance_excuses_is_listed():
-    outcome = prove(Composed(lambda u: u + 1e15 * torch.tanh(u) - (1e15 + 0.5) * torch.tanh(u))).outcomes
+    outcome = prove(Composed(lambda u: u + 1e4 * torch.tanh(u) - (1e4 + 1e-11) * torch.tanh(u))).outcomes
     assert any("sigmoid(2*u) counts as 0" in note for note in outcome["non_decreasing"].notes)
 
 
