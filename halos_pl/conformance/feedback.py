@@ -16,7 +16,7 @@ from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.later import PartCase
 from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, asked, fitted_to, padded, renumbered, rerouted, shares, unscored
+from halos_pl.conformance.steps import Step, asked, fitted_to, padded, paddings, renumbered, rerouted, shares, unscored
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.objective.feedback import Feedback, Judgement
 
@@ -263,8 +263,7 @@ def _other_layouts(case: FeedbackCase, step: Step) -> str | None:
     for index, layout, where in (
         (place.flip(0), rows.select(place.flip(0)), "in the opposite order"),
         (order, rows.select(order), f"in the order {[i + 1 for i in order.tolist()][:12]}"),
-        (place, padded(rows, 3), "with three more columns of padding"),
-        (place, padded(rows, 70), "with seventy more columns of padding"),
+        *((place, padded(rows, n), f"with {n} more columns of padding") for n in paddings(step)),
         (place, renumbered(rows), "with other numbers of the prompts"),
     )[: 1 if step.huge else None]:
         judged = case.judged(layout)

@@ -11,7 +11,7 @@ from torch import Tensor
 from halos_pl.conformance.clause import explained
 from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.reference_case import RELATIVE, ReferencePointCase, first_difference, untied
-from halos_pl.conformance.steps import Step, padded, renumbered, shares, unscored
+from halos_pl.conformance.steps import Step, padded, paddings, renumbered, shares, unscored
 from halos_pl.conformance.witness import listed, pair
 
 
@@ -80,8 +80,7 @@ def _layouts(case: ReferencePointCase, step: Step) -> str | None:
     rewards = untied(case.rewards(rows))
     z0 = case.estimates(rewards, rows, once=step.huge)
     for layout, where in (
-        (padded(rows, 1), "with one more column of padding"),
-        (padded(rows, 90), "with ninety more columns of padding"),
+        *((padded(rows, n), f"with {n} more columns of padding") for n in paddings(step)),
         (renumbered(rows), "with other numbers of the prompts"),
     )[: 1 if step.huge else None]:
         wrong = first_difference(z0, case.estimates(rewards, layout, once=step.huge), rewards, rows)

@@ -14,7 +14,7 @@ from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.later import PartCase
 from halos_pl.conformance.single_precision import off_in_single_precision
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, asked, fitted_to, kept_together, padded, renumbered, rerouted
+from halos_pl.conformance.steps import Step, asked, fitted_to, kept_together, padded, paddings, renumbered, rerouted
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.objective.rewards import Reward
 
@@ -307,7 +307,7 @@ def reward_padding(case: RewardCase) -> str | None:
     def fault(step: Step) -> str | None:
         rows = case.rows(step)
         r = case.fresh()(rows)
-        for columns in (1, 4, 60):
+        for columns in paddings(step):
             wide = case.fresh()(padded(rows, columns))
             if r.dim() == 2:
                 blank = wide[~padded(rows, columns).mask]

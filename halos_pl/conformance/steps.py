@@ -261,6 +261,11 @@ def padded(rows: LogProbBatch, columns: int) -> LogProbBatch:
     return replace(rows, **wide)
 
 
+def paddings(step: Step) -> tuple[int, ...]:
+    """By how many columns the rows of a step are padded: few, many and, for few and short rows, up to 8,192 tokens."""
+    return (1, 4, 90) if step.large or step.units > 3 else (1, 90, WIDEST - step.tokens)
+
+
 def renumbered(rows: LogProbBatch) -> LogProbBatch:
     """The same rows with other, larger numbers for their prompts, in the opposite order."""
     return replace(rows, labels=replace(rows.labels, group=10_007 - 7 * rows.labels.group))
@@ -296,6 +301,7 @@ def fitted_to(step: Step, needs: Needs, mismatched: bool | None) -> Step:
     )
 
 
+WIDEST = 8192  # tokens of a batch
 # Each is large in one way: many rows, prompts with many rows, far log-ratios, long completions. Odd numbers of rows
 # show what only works in even ones. No step has more than 2**20 tokens.
 LARGE = (
@@ -305,7 +311,7 @@ LARGE = (
     Step(units=33, tokens=3, of_prompt=32, alone=True, classes="desirable"),
     Step(units=6, tokens=130, scale=100.0, scores="extreme", holes=True),
     Step(units=4, tokens=1100),
-    Step(units=3, tokens=8192),
+    Step(units=3, tokens=WIDEST),
     Step(units=9, tokens=7, rewards="start"),
     Step(units=129, tokens=2, rewards="skewed", of_prompt=6),
     Step(units=4096, tokens=1, rewards="skewed"),
