@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import TypeGuard, get_args
 
@@ -103,8 +103,14 @@ def identity(case: HaloCase) -> str | None:
     """The loss is the sum of w * a * v(r - z0) over the rows, divided by the denominator, up to a constant.
 
     Changes of the loss and gradients are compared, as training computes them: with prepare and compute_loss. A loss
-    that does not consist of the four parts fails too.
+    that does not consist of the four parts fails too, as does one whose `needs` lack what those of its parts name.
     """
+    target = case.target
+    for name in ("reward", "reference_point", "feedback"):
+        asked_for = getattr(target, name).needs
+        for of in fields(asked_for):
+            if getattr(target.needs, of.name) < getattr(asked_for, of.name):
+                return f"`needs` of the {name} names {of.name}, that of the loss does not: training leaves it out"
 
     def fault(step: Step) -> str | None:
         rows = case.rows(step)

@@ -179,7 +179,16 @@ def other_weights(name: str, change: Callable[[Tensor], Tensor], **weights: floa
     return Mutant(name, ("identity",), lambda rng: halo(kind, feedback=Binary(**weights)))
 
 
+def lacks(need: str) -> Mutant:
+    """Training leaves out what a part of it needs."""
+    kind = type(
+        "Lacks", (HALO,), {"needs": property(lambda self: dataclasses.replace(HALO.needs.fget(self), **{need: 0}))}
+    )
+    return Mutant(f"needs no {need}", ("identity",), lambda rng: halo(kind))
+
+
 MUTANTS = [
+    *map(lacks, ("undesirable", "mismatched")),
     Mutant("each rank divides by its own rows", ("reference_split",), lambda rng: halo(OwnDenominator)),
     other_weights("forgets the weight", torch.ones_like, lambda_undesirable=0.5),
     other_weights("`weight or 1.0`", lambda w: torch.where(w == 0, 1.0, w), lambda_undesirable=0.0),
