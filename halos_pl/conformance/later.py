@@ -21,6 +21,7 @@ from halos_pl.conformance.witness import pair
 CALLS = 5000
 # Calls after which a part is compared again that has been worn, or whose parameters have moved.
 _CALLS_LATER = 20
+_CALLS_OF_AN_EPOCH = 10  # before each validation, which turns a part to evaluation and back
 # Steps on which a clause is tried for a part as it is later.
 _EXAMPLES = 12
 _ROUNDED = 2e-2  # of a matrix product in bfloat16
@@ -83,6 +84,8 @@ class PartCase(Case):
         with torch.no_grad():
             first = call_of(part)
             for call in range(2, self.steps + 1):
+                if call % _CALLS_OF_AN_EPOCH == 0:
+                    part.eval().train()
                 result = call_of(part)
                 if not self.alike(first, result):
                     return f"{_off(first, result)} on call {call}", part
