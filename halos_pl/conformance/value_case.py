@@ -93,11 +93,8 @@ class ValueFunctionCase(Case):
         """The dtypes in which v must work. Losses are in float32, so its operations need not exist in bfloat16."""
         try:
             value_and_slope(self.fresh(), torch.tensor([0.5, -0.5], dtype=torch.bfloat16))
-        except (RuntimeError, TypeError) as error:
-            if "bfloat16" in str(error).lower():
-                return DTYPES[:-1]
-        except Exception:  # whatever else goes wrong, some clause reports it
-            pass
+        except Exception:  # whatever goes wrong in the other dtypes too, some clause reports
+            return DTYPES[:-1]
         return DTYPES
 
     @cached_property
