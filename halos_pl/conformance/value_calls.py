@@ -112,7 +112,7 @@ def _beside_no_number(case: ValueFunctionCase, u: Tensor, alone: tuple[Tensor, T
         except Exception:  # an error cannot be overlooked
             continue
         expected = alone[0][others], alone[1][others]
-        if difference := difference_of(expected, (value[others], slope[others]), u[others]):
+        if difference := difference_of(case, expected, (value[others], slope[others]), u[others]):
             return f"{difference}, beside an outcome of {odd}; the first is its value in a batch of one"
     return None
 
@@ -135,7 +135,7 @@ def elementwise(case: ValueFunctionCase) -> str | None:
         def compare(index: Tensor, view: Function, batch: str = "") -> str | None:
             u, expected = view(base[index]), (view(alone[0][index]), view(alone[1][index]))  # noqa: B023
             u, *both = (x.flatten() for x in (u, *expected, *value_and_slope(case.fresh(), base[index], view)))  # noqa: B023
-            difference = difference_of((both[0], both[1]), (both[2], both[3]), u)
+            difference = difference_of(case, (both[0], both[1]), (both[2], both[3]), u)
             return difference and f"{difference}{batch}; the first is its value in a batch of one"
 
         # Half of the sizes in each dtype.
@@ -160,7 +160,7 @@ def elementwise(case: ValueFunctionCase) -> str | None:
     # The grid is the largest batch of all.
     curve = case.curve
     few = curve.part(torch.arange(7, len(curve.u), len(curve.u) // 48))
-    difference = difference_of(_alone(case, few.u), (few.value, few.slope), few.u)
+    difference = difference_of(case, _alone(case, few.u), (few.value, few.slope), few.u)
     return difference and f"{difference}; the second is its value in a batch of {case.cells}"
 
 

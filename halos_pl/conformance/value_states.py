@@ -9,6 +9,7 @@ from torch import Tensor
 
 from halos_pl.conformance.clause import explained
 from halos_pl.conformance.curve import called, in_pieces, value_and_slope
+from halos_pl.conformance.rounding import sums
 from halos_pl.conformance.states import STATES, State, copies, pushed, twins
 from halos_pl.conformance.switches import multiplies_matrices
 from halos_pl.conformance.value_case import FIRST, ValueFunctionCase, varied_outcomes
@@ -18,9 +19,13 @@ from halos_pl.conformance.witness import number, pair
 MANY_CALLS = 5000
 _ROWS = (1, 2, 3, 8, 16, 32, 33, 64)
 _CALLS_OF_A_BACKWARD = 100
+# By how many rounding errors of v's intermediate results two results may differ: torch's kernels depend on the size of
+# a batch and the place in it.
+_ROUNDINGS = 4
 
 
 def difference_of(
+    case: ValueFunctionCase,
     one: tuple[Tensor, Tensor],
     other: tuple[Tensor, Tensor],
     u: Tensor,
@@ -30,6 +35,7 @@ def difference_of(
     """Where two results for the same outcomes differ by more than the order of operations explains; else None.
 
     Args:
+        case: v, whose intermediate results may be larger than its values.
         one: values and slopes, [n].
         other: likewise, as they should be the same.
         u: the outcomes, nats, [n].
@@ -46,6 +52,9 @@ def difference_of(
     for name, a, b, most in (("v", one[0], other[0], value), ("v'", one[1], other[1], slope)):
         wrong = ~((a - b).abs() <= most + torch.finfo(torch.float32).tiny)
         wrong &= (a != b) & ~(a.isnan() & b.isnan())
+        if name == "v" and bool(wrong.any()):
+            most = most + _ROUNDINGS * eps * sums(case.fresh(), u.double())
+            wrong &= ~((a - b).abs() <= most)
         if bool(wrong.any()):
             at = int(wrong.nonzero()[0])
             return f"{name}({number(float(u[at]))}) = {{}}, {{}} as row {at + 1} of {len(u)}".format(
@@ -83,7 +92,7 @@ def _since_the_first_call(case: ValueFunctionCase) -> str | None:
     """Compares with the call before all others: copies may share what a class, module or closure keeps."""
     if case.first_call is None:
         return None
-    difference = difference_of(case.first_call, value_and_slope(case.fresh(), FIRST), FIRST)
+    difference = difference_of(case, case.first_call, value_and_slope(case.fresh(), FIRST), FIRST)
     return difference and f"{difference}; the second is after calls of other copies"
 
 
@@ -104,10 +113,12 @@ def _on_each_call(case: ValueFunctionCase, dtype: torch.dtype) -> str | None:
         large = varied_outcomes(min(5003, case.largest_batch)).to(dtype)
         first, v = value_and_slope(case.fresh(), u), case.fresh()
         for call in range(1, count + 1):
-            if difference := difference_of(first, value_and_slope(v, u), u):
+            if difference := difference_of(case, first, value_and_slope(v, u), u):
                 return f"{difference}; the second is on call {call}"
         for batch, words in ((other, "other outcomes"), (large, "other outcomes"), (u, f"{len(large)} outcomes")):
-            if difference := difference_of(value_and_slope(case.fresh(), batch), value_and_slope(v, batch), batch):
+            if difference := difference_of(
+                case, value_and_slope(case.fresh(), batch), value_and_slope(v, batch), batch
+            ):
                 return f"{difference}; the second is after calls with {words}"
     return None
 
@@ -129,11 +140,11 @@ def _in_each_state(case: ValueFunctionCase, dtype: torch.dtype) -> str | None:
                 value, slope = called(v, u) if state.gradient else (v(u.clone()).detach(), lambda: expected[1])
                 inside = None if trained else slope()
             result = (value, slope() if inside is None else inside)
-            if difference := difference_of(expected, result, u, _rounding(case, state), state.constants):
+            if difference := difference_of(case, expected, result, u, _rounding(case, state), state.constants):
                 return f"{difference}; the second is {state.name}{', its backward pass after that' if trained else ''}"
             if value.is_inference() and not trained:
                 continue  # what v keeps from inference mode has no gradient, and training comes before validation
-            if difference := difference_of(expected, value_and_slope(v, u), u):
+            if difference := difference_of(case, expected, value_and_slope(v, u), u):
                 return f"{difference}; the second is in training, after a call {state.name}"
     return None
 
@@ -147,7 +158,7 @@ def _of_copies(case: ValueFunctionCase, dtype: torch.dtype) -> str | None:
     u = varied_outcomes(64).to(dtype)
     expected = value_and_slope(case.fresh(), u)
     for words, v in copies(case.fresh()):
-        if difference := difference_of(expected, value_and_slope(v, u), u):
+        if difference := difference_of(case, expected, value_and_slope(v, u), u):
             return f"{difference}; the second is {words}"
     return None
 
@@ -161,7 +172,7 @@ def _after_a_step(case: ValueFunctionCase) -> str | None:
         with torch.no_grad():
             for parameter, now in zip(v.parameters(), moved.parameters(), strict=True):
                 parameter.copy_(now)
-        if difference := difference_of(expected, value_and_slope(v, u), u):
+        if difference := difference_of(case, expected, value_and_slope(v, u), u):
             return f"{difference}; the second is of a copy that was called before, with {words}"
     return None
 
@@ -185,9 +196,9 @@ def _after_similar_outcomes(case: ValueFunctionCase, dtype: torch.dtype) -> str 
     for words, other in _similar(u):
         expected, v = value_and_slope(case.fresh(), other), case.fresh()
         (value, slope), (value_of_other, slope_of_other) = called(v, u), called(v, other)
-        if difference := difference_of(alone, (value, slope()), u):
+        if difference := difference_of(case, alone, (value, slope()), u):
             return f"{difference}; the second is with another call before its backward pass, of outcomes {words}"
-        if difference := difference_of(expected, (value_of_other, slope_of_other()), other):
+        if difference := difference_of(case, expected, (value_of_other, slope_of_other()), other):
             return f"{difference}; the second is after a call with outcomes {words}"
     # The same tensor with other contents, as a buffer that is filled anew has the same address.
     expected, v, buffer = value_and_slope(case.fresh(), -0.7 * u), case.fresh(), u.clone()
@@ -195,7 +206,7 @@ def _after_similar_outcomes(case: ValueFunctionCase, dtype: torch.dtype) -> str 
         v(buffer)
         buffer.copy_(-0.7 * u)
         result = v(buffer).clone()
-    difference = difference_of(expected, (result, expected[1]), buffer)
+    difference = difference_of(case, expected, (result, expected[1]), buffer)
     return difference and f"{difference}; the second is after a call with other outcomes in the same memory"
 
 
@@ -208,7 +219,7 @@ def _built_anew(case: ValueFunctionCase) -> str | None:
         first = value_and_slope(both[0], u)
     except Exception:  # such as of a class that is complete only after it was constructed
         return None
-    difference = difference_of(first, value_and_slope(both[1], u), u)
+    difference = difference_of(case, first, value_and_slope(both[1], u), u)
     return difference and f"{difference}; the second is constructed anew and has loaded the state_dict of the first"
 
 
@@ -225,12 +236,13 @@ def _after_many_calls(case: ValueFunctionCase) -> str | None:
 
     every = zip(*(x.split(sum(sizes)) for x in (outcomes, value, slope)), strict=True)
     for at, (u, *expected) in enumerate(every):
-        if difference := difference_of((expected[0], expected[1]), value_and_slope(in_calls, u), u):
+        v.eval().train()  # as after each validation of a run
+        if difference := difference_of(case, (expected[0], expected[1]), value_and_slope(in_calls, u), u):
             first = 1 + at * _CALLS_OF_A_BACKWARD
             return (
                 f"{difference} in calls {first:,} to {first + _CALLS_OF_A_BACKWARD - 1:,}; the first is on a first call"
             )
     v(varied_outcomes(min(2**18, case.largest_batch)).float())
     many = varied_outcomes(64).float()
-    difference = difference_of(value_and_slope(case.fresh(), many), value_and_slope(v, many), many)
+    difference = difference_of(case, value_and_slope(case.fresh(), many), value_and_slope(v, many), many)
     return difference and f"{difference}; the second is after {MANY_CALLS} calls and a large batch"

@@ -57,6 +57,13 @@ def default_dtype(rng: Random) -> ValueFunction:
     return Value(lambda u: torch.tanh(torch.tensor(scale) * u))
 
 
+def in_single_precision(u: Tensor) -> Tensor:
+    """As code that refuses whatever it has no kernel for."""
+    if u.dtype not in (torch.float32, torch.float64):
+        raise NotImplementedError("no kernel for half")
+    return torch.arctan(0.1 * u)
+
+
 class NotInBfloat16(torch.autograd.Function):
     """sigmoid, as an operation without a kernel for bfloat16."""
 
@@ -190,10 +197,12 @@ SOUND_VALUES: dict[str, Callable[[Random], ValueFunction]] = {
     "the tail of a difference": tail_of_a_difference,
     "two jumps at 0": two_jumps_at_zero,
     "jumps on losses": jumps_on_losses,
+    "refuses half precision": lambda rng: Value(in_single_precision),
     "no kernel for bfloat16": lambda rng: Value(NotInBfloat16.apply),
     "no kernel for the slope in bfloat16": with_scale(
         lambda u, s: torch.special.i1e(s * u) / torch.special.i0e(s * u), 0.02, 0.2
     ),
+    "u less a softplus": with_scale(lambda u, s: u - F.softplus(s * u) / s, 0.3, 3),
     "logarithm of a normal distribution": with_scale(lambda u, s: torch.special.log_ndtr(s * u), 0.05, 0.5),
     "a steep root": with_scale(lambda u, s: u / (u.abs() + s).sqrt(), 1e-12, 1e-4),
     "holds itself": lambda rng: KnowsItself(rng.uniform(0.2, 1)),

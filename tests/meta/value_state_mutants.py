@@ -78,6 +78,21 @@ class Stateful(ValueFunction):
         return other(u, self.changed, self.off)
 
 
+class CountsEpochs(ValueFunction):
+    """Another function after ``most`` turns to training, as after each validation."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.epochs = most, 0
+
+    def train(self, mode: bool = True) -> CountsEpochs:
+        self.epochs = getattr(self, "epochs", 0) + mode
+        return super().train(mode)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return other(u, self.epochs > self.most, 0.1)
+
+
 def once(step: Callable[[Random], Callable[[Stateful, Tensor], bool]]) -> Callable[[Random], ValueFunction]:
     return lambda rng: Stateful(step(rng), rng.choice([-0.2, 0.01, 0.5]))
 
@@ -374,6 +389,7 @@ MUTANTS = [
     Mutant("after a large batch", ("deterministic", "elementwise"), once(lambda rng: lambda v, u: u.numel() > 3000)),
     Mutant("after a call in inference mode", ("deterministic",), once(lambda rng: lambda v, u: u.is_inference())),
     Mutant("after a call in evaluation", ("deterministic",), once(lambda rng: lambda v, u: not v.training)),
+    Mutant("after some epochs", ("deterministic",), lambda rng: CountsEpochs(rng.randint(3, 40))),
     Mutant("on every n-th call", ("deterministic",), lambda rng: EveryNthCall(rng.randint(130, 4000))),
     *(Mutant(f"cached by {key}", ("deterministic", "elementwise"), lambda rng, key=key: Cached(key)) for key in _KEYS),
     Mutant("another one as a deep copy", ("deterministic",), lambda rng: LosesItsScaleInACopy(rng.uniform(0.1, 0.9))),
