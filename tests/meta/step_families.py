@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 import torch
-from mutant import SIZES, VALUES, Mutant
+from mutant import SIZES, STATE, VALUES, Mutant
 from objective_mutants import halo
 from part_families import Weighs, of_prompt
 from part_mutants import EstimatedBy, Formula, own, ratio, token_ratio
@@ -124,7 +124,48 @@ def reading(size: int) -> Formula:
     return part
 
 
+def halved_if_wide(size: int) -> Callable[[LogProbBatch], float]:
+    """A factor of rows with more than ``size`` columns of padding."""
+    return lambda rows: 0.5 if int((~rows.mask.any(dim=0)).sum()) > size else 1.0
+
+
+class CountsEpochs(Formula):
+    """Twice the log-ratio after some turns to training."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(ratio)
+        self.most, self.epochs = most, 0
+
+    def train(self, mode: bool = True) -> CountsEpochs:
+        self.epochs = getattr(self, "epochs", 0) + mode
+        return super().train(mode)
+
+    def forward(self, rows: LogProbBatch) -> Tensor:
+        return super().forward(rows) * (1 + (self.epochs > self.most))
+
+
+_BY_WIDTH: dict[str, Callable[[Callable[[LogProbBatch], float]], nn.Module]] = {
+    "reward_padding": lambda factor: Formula(lambda rows: ratio(rows) * factor(rows)),
+    "reference_split": lambda factor: EstimatedBy(lambda r, rows: counted(1.0)(r, rows) * factor(rows)),
+    "feedback_split": lambda factor: Weighs(lambda rows, k: torch.tensor(factor(rows)), Needs(undesirable=True)),
+}
+
 MUTANTS = [
+    *(
+        Mutant(
+            "half in much wider batches",
+            (clause,),
+            lambda rng, make=make: make(halved_if_wide(rng.randint(100, 8000))),
+            kind=SIZES,
+        )
+        for clause, make in _BY_WIDTH.items()
+    ),
+    Mutant(
+        "another factor after some epochs",
+        ("reward_of_its_row",),
+        lambda rng: CountsEpochs(rng.randint(5, 100)),
+        kind=STATE,
+    ),
     Mutant(
         "reads the first tokens, as many as have a loss",
         ("reward_linear",),
