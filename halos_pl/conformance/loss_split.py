@@ -1,4 +1,4 @@
-"""Checks that the losses of micro-batches, and of ranks, sum to the loss of the step."""
+"""Checks that the losses of micro-batches, and of ranks, sum to the loss of the step, with any padding."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from halos_pl.batch import LogProbBatch
 from halos_pl.conformance.halo_case import RELATIVE, HaloCase
 from halos_pl.conformance.ranks import Ranks, namespaces
-from halos_pl.conformance.steps import Step, gradient_of, shares, with_leaf
+from halos_pl.conformance.steps import Step, gradient_of, padded, paddings, shares, with_leaf
 from halos_pl.conformance.witness import pair
 from halos_pl.objective.halo import HALO
 
 
 def loss_split(case: HaloCase) -> str | None:
-    """The losses of micro-batches, and of ranks, sum to the loss of the step."""
+    """The losses of micro-batches, and of ranks, sum to the loss of the step, with any padding."""
     return case.smallest(partial(_micro_batches, case)) or case.smallest(partial(_ranks, case))
 
 
@@ -91,4 +91,10 @@ def _micro_batches(case: HaloCase, step: Step) -> str | None:
         i = int(off.argmax())
         a, b = pair(float(one.flatten()[i]), float(other.flatten()[i]))
         return f"slope {a} of the loss of all rows at once, {b} in {len(parts)} micro-batches"
+    for columns in () if step.large else paddings(step):
+        with torch.no_grad():
+            wide = float(case.loss(case.fresh(), padded(rows, columns)))
+        if not abs(wide - float(loss)) <= RELATIVE * (abs(wide) + float(loss.abs())) + 1e-9:
+            a, b = pair(float(loss), wide)
+            return f"loss {a}, {b} with {columns} more columns of padding"
     return None

@@ -148,17 +148,20 @@ _BY_WIDTH: dict[str, Callable[[Callable[[LogProbBatch], float]], nn.Module]] = {
     "reward_padding": lambda factor: Formula(lambda rows: ratio(rows) * factor(rows)),
     "reference_split": lambda factor: EstimatedBy(lambda r, rows: counted(1.0)(r, rows) * factor(rows)),
     "feedback_split": lambda factor: Weighs(lambda rows, k: torch.tensor(factor(rows)), Needs(undesirable=True)),
+    "reference_split of a loss": lambda factor: changed(
+        term=lambda rows, r: (factor(rows) - 1) * rows.policy_logps.sum()
+    ),
 }
 
 MUTANTS = [
     *(
         Mutant(
-            "half in much wider batches",
+            f"{of or 'a part'} that changes in much wider batches",
             (clause,),
             lambda rng, make=make: make(halved_if_wide(rng.randint(100, 8000))),
             kind=SIZES,
         )
-        for clause, make in _BY_WIDTH.items()
+        for (clause, _, of), make in ((name.partition(" of "), make) for name, make in _BY_WIDTH.items())
     ),
     Mutant(
         "another factor after some epochs",
