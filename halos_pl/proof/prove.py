@@ -157,10 +157,8 @@ def prove(v: nn.Module) -> Proof:
             outcomes = _undecided(why)
         if hyper and any(outcome.status == "proved" for outcome in outcomes.values()):
             graph, unknowns = _recorded(v, learnable, hyper)
-            entries, added = (
-                _entries(unknowns),
-                {name: unknowns[name][0] for name in unknowns.keys() - learnable.keys()},
-            )
+            entries = _entries(unknowns)
+            added = {name: symbol for name, (symbol, _) in unknowns.items() if name not in learnable}
             if added:
                 own = {name: value for name, (_, value) in entries.items()}
                 why = difference(v, graph, {name: symbol for name, (symbol, _) in unknowns.items()}, added, own)

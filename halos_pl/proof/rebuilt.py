@@ -19,6 +19,7 @@ _TRIED = (-1e4, -10.0, -1.5, -0.5, 0.0, 1e-5, 1e-3, 0.01, 0.3, 0.75, 1.0, 1.5, 3
 _OUTCOMES = [Fraction(sign) * Fraction(u) for u in ("0.001", "0.3", "1", "2.7", "10", "77", "1000", "100000")
              for sign in (-1, 1)]  # fmt: skip
 _SHARE = Fraction(1, 2**20)  # a difference of large rounded constants may be inaccurate
+_LEAST = arb(2) ** -36  # of the largest value: what is below it may be left over where such constants cancel
 
 
 def _tried(symbol: Symbol) -> list[float]:
@@ -77,7 +78,7 @@ def difference(
             plain = trace(other, {name: symbol for name, symbol in there.items() if name not in hyper}, once=True)
         except UntraceableError as error:
             return f"built with {text}, it {error}"
-        if not same or any(_differs(graph, plain, u, numbers) for u in _OUTCOMES):
+        if not same or _differs(graph, plain, numbers):
             return f"built with {text}, it is another function"
     return "" if count else "it cannot be built with other hyper-parameters"
 
@@ -88,14 +89,20 @@ def _moved(symbol: Symbol, name: str, modules: Mapping[str, nn.Module]) -> Symbo
     return Symbol(modules[path], symbol.name, symbol.index)
 
 
-def _differs(one: Sequence[Node], other: Sequence[Node], u: Fraction, numbers: Mapping[str, Fraction]) -> bool:
-    values: list[arb | None] = []
-    for nodes in (one, other):
-        try:
-            values.append(value_at(nodes, u, numbers))
-        except (ValueError, ZeroDivisionError):
-            values.append(None)
-    a, b = values
-    if a is None or b is None:
-        return a is not b
-    return ordered(a, b, _SHARE) or ordered(b, a, _SHARE)
+def _differs(one: Sequence[Node], other: Sequence[Node], numbers: Mapping[str, Fraction]) -> bool:
+    """Whether two expressions have another value, or another domain, at some outcome."""
+    pairs = [tuple(_value(nodes, u, numbers) for nodes in (one, other)) for u in _OUTCOMES]
+    largest = max((abs(a).upper() for a, _ in pairs if a is not None), default=arb(0))
+    return any(
+        a is not b
+        if a is None or b is None
+        else abs(a - b) > largest * _LEAST and (ordered(a, b, _SHARE) or ordered(b, a, _SHARE))
+        for a, b in pairs
+    )
+
+
+def _value(nodes: Sequence[Node], u: Fraction, numbers: Mapping[str, Fraction]) -> arb | None:
+    try:
+        return value_at(nodes, u, numbers)
+    except (ValueError, ZeroDivisionError):
+        return None
