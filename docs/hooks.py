@@ -128,7 +128,7 @@ def objective_section(path: Path, verdicts: dict[str, list[str]]) -> tuple[str, 
     body = yaml.safe_load(text)
     lines = [f"## {path.stem}\n", " ".join(head) + "\n"]
     if path.stem in verdicts:
-        icml, v1 = verdicts[path.stem]
+        icml, v1, _ = verdicts[path.stem]
         shown = f"**{icml}**" if icml == v1 else f"**{icml}** (ICML 2024), **{v1}** (arXiv v1)"
         lines.append(f"Verdict: {shown}.\n")
     lines.append(needs_line(objective.needs) + "\n")
@@ -158,10 +158,10 @@ def formula(halo: HALO) -> str:
 
 
 def verdicts() -> dict[str, list[str]]:
-    """The verdicts of reference/verdicts.md, by objective."""
+    """The verdicts of reference/verdicts.md and the remark beside them, by objective."""
     text = (ROOT / "docs" / "reference" / "verdicts.md").read_text(encoding="utf-8")
     cells = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+        [cell.strip() for cell in line.strip("|").split(" |")] for line in text.splitlines() if line.startswith("|")
     ]
     return {name: rest for name, *rest in cells}
 

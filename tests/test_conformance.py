@@ -79,8 +79,8 @@ SAMPLE = ("kto", "kto_kahneman_tversky", "kto_zero_reference", "simpo", "ppo_cli
 def table() -> dict[str, dict[Definition, str]]:
     """The verdicts in the docs, by objective and definition."""
     shown = TABLE.read_text().partition(START)[2].partition(END)[0].splitlines()[2:]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown]
-    return {name: dict(zip(TITLES, verdicts, strict=True)) for name, *verdicts in cells}
+    cells = [[cell.strip() for cell in line.strip("|").split(" |")] for line in shown]
+    return {name: dict(zip(TITLES, verdicts, strict=True)) for name, *verdicts, _ in cells}
 
 
 @pytest.fixture(scope="module")
@@ -632,8 +632,8 @@ def test_all_prints_the_table_and_writes_it_where_it_belongs(tmp_path, capfd, mo
     code, out, _ = halos_check(capfd, "--all", "--write", page, "--write", table)
     assert code == 0
     assert out == (
-        "| loss | ICML 2024, Def. 3.4 | arXiv v1 |\n|---|---|---|\n| sft | not a halo | not a halo |\n"
-        "| unlikelihood | not a halo | not a halo |\n"
+        "| loss | ICML 2024, Def. 3.4 | arXiv v1 | remark on Q(·\\|x) |\n|---|---|---|---|\n"
+        "| sft | not a halo | not a halo |  |\n| unlikelihood | not a halo | not a halo |  |\n"
     )
     assert page.read_text() == f"before\n{START}{out}{END}after\n"
     assert [row["name"] for row in json.loads(table.read_text())] == ["sft", "unlikelihood"]
