@@ -64,7 +64,6 @@ def test_what_a_target_and_its_processes_print_is_not_part_of_the_report(file, c
     printed = {
         "Prints": "in Python",
         "Writes": "to the descriptor",
-        "WritesEverywhere": "{}",
         "Runs": "in a process of its own",
     }
     for name, text in printed.items():

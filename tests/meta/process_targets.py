@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import time
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -112,13 +111,6 @@ class Prints(_ActsOnce):
 class Writes(_ActsOnce):
     def act(self, u: Tensor) -> None:
         os.write(1, b"to the descriptor")
-
-
-class WritesEverywhere(_ActsOnce):
-    def act(self, u: Tensor) -> None:
-        for fd in range(3, 64):
-            with suppress(OSError):
-                os.write(fd, b"\x00\x00\x00\x02{}")
 
 
 class Runs(_ActsOnce):
