@@ -576,7 +576,7 @@ def test_bad_input_is_one_line_and_status_2(target, said, own_file, tmp_path, ca
 
 @pytest.mark.parametrize(
     ("given_arguments", "said"),
-    [("{", "not JSON"), ("[1]", "as an object"), ('{"scale": "many"}', "scale"), ('{"scale": 1, "size": 2}', "size")],
+    [("{", "JSON"), ("[1]", "as an object"), ('{"scale": "many"}', "scale"), ('{"scale": 1, "size": 2}', "size")],
 )
 def test_bad_arguments_are_one_line_and_status_2(given_arguments, said, own_file, capfd):
     code, _, err = halos_check(capfd, f"{own_file}:Needy", "--init_args", given_arguments)
