@@ -13,7 +13,7 @@ from torch import nn
 
 from halos_pl.proof import form, verify
 from halos_pl.proof.agreement import compare
-from halos_pl.proof.claims import Decision, Prover
+from halos_pl.proof.claims import Case, Decision
 from halos_pl.proof.element import Element
 from halos_pl.proof.interval import Interval
 from halos_pl.proof.pieces import Piece
@@ -48,16 +48,14 @@ def _text(bound: Bound) -> str | None:
     return None if bound is None else str(bound)
 
 
-def _merged(prover: Prover, decision: Decision) -> list[tuple[Piece, list[tuple[Bound, Bound]]]]:
+def _merged(case: Case, decision: Decision) -> list[tuple[Piece, list[tuple[Bound, Bound]]]]:
     """The pieces in ascending order with their cells; neighbours at 0 with the same expression are one."""
-    if prover.splitter.roots:
+    if case.splitter.roots:
         raise NotCertifiableError("v switches branches where parameters decide")
-    numbers = sorted(
-        range(len(prover.pieces)), key=lambda i: (prover.pieces[i].low is not None, prover.pieces[i].low or 0)
-    )
+    numbers = sorted(range(len(case.pieces)), key=lambda i: (case.pieces[i].low is not None, case.pieces[i].low or 0))
     return [
         (
-            replace(prover.pieces[i], value=decision.forms.get(i, prover.pieces[i].value)),
+            replace(case.pieces[i], value=decision.forms.get(i, case.pieces[i].value)),
             sorted(((c.low, c.high) for c in decision.cells.get(i, [])), key=lambda c: (c[0] is not None, c[0] or 0)),
         )
         for i in numbers
@@ -74,9 +72,9 @@ def _range(name: str, interval: Interval) -> dict[str, Any]:
     }
 
 
-def _graph(prover: Prover, pieces: list[Piece]) -> dict[str, Any]:
+def _graph(case: Case, pieces: list[Piece]) -> dict[str, Any]:
     """The chain of pieces as JSON."""
-    field = prover.field
+    field = case.field
     order = {0: 0} | {1 + i: 1 + i for i in range(len(field.parameters))}
     kernels = []
     for i in (i for piece in pieces for i in _needed(piece.expression)):
@@ -94,7 +92,7 @@ def _graph(prover: Prover, pieces: list[Piece]) -> dict[str, Any]:
         )
         order[i] = len(order)
     return {
-        "parameters": [_range(name, prover.parameters[name]) for name in field.parameters],
+        "parameters": [_range(name, case.parameters[name]) for name in field.parameters],
         "kernels": kernels,
         "pieces": [
             {"low": _text(piece.low), "high": _text(piece.high), "value": _element(piece.expression, order)}
@@ -123,8 +121,11 @@ def _proved(outcome: Outcome) -> tuple[dict[str, Any], dict[str, Any]]:
     """A proved claim and its chain."""
     assert outcome.prover is not None
     assert outcome.decision is not None
-    merged = _merged(outcome.prover, outcome.decision)
-    graph, name = _graph(outcome.prover, [piece for piece, _ in merged]), outcome.claim.name
+    if len(outcome.prover.cases) > 1:
+        raise NotCertifiableError("it is proved in cases, by signs of expressions in the parameters")
+    case = outcome.prover.cases[0]
+    merged = _merged(case, outcome.decision)
+    graph, name = _graph(case, [piece for piece, _ in merged]), outcome.claim.name
     chain = verify.Chain(graph)
     cells = [
         [_enclosed(chain, name, value, a, b) for a, b in parts]

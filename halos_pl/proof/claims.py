@@ -15,15 +15,17 @@ from halos_pl.proof.exponentials import in_one_exponential
 from halos_pl.proof.field import Field
 from halos_pl.proof.interval import Interval, ball
 from halos_pl.proof.jumps import difference
-from halos_pl.proof.pieces import Piece, Seam, Splitter
+from halos_pl.proof.pieces import Piece, Seam, Splitter, require_settled
 from halos_pl.proof.point import ordered, value_at
-from halos_pl.proof.program import CHOICES, Node
-from halos_pl.proof.roots import Bound, between, span
+from halos_pl.proof.program import Node
+from halos_pl.proof.roots import Bound, between, rounded, span
 from halos_pl.proof.seams import values_at
 from halos_pl.proof.signs import Box, UndefinedError
 
 Status = Literal["proved", "disproved", "undecided"]
 MOST_CELLS, FEW_CELLS = 400, 50
+ALL_WIDTHS, FEW_WIDTHS = range(0, 44, 2), (0, 6, 14)  # distances between points, as powers of 1/2
+MOST_SAMPLES = 5  # at which all of them are tried everywhere
 _SHARE = Fraction(int(TOLERANCE.p), int(TOLERANCE.q))
 
 
@@ -86,31 +88,28 @@ class Decision:
     notes: list[str] = field(default_factory=list)
 
 
-class Prover:
-    """Decides the claims about one expression.
+class Case:
+    """Decides the claims about one expression, for parameters in ranges and, it may be, of known signs.
 
     Args:
         nodes: the expression of v.
-        parameters: ranges of its parameters.
+        field: has the parameters, and what is assumed about them.
+        parameters: ranges of the parameters.
         samples: values of the parameters at which to look for witnesses.
-        deadline: CPU time (``time.process_time``) at which it stops.
 
     Raises:
         UndecidedError: v cannot be split into pieces.
+        Unsettled: that depends on the parameters.
     """
 
     def __init__(
         self,
         nodes: Sequence[Node],
+        field: Field,
         parameters: Mapping[str, Interval],
-        samples: Sequence[Mapping[str, Fraction]] = ({},),
-        deadline: float = float("inf"),
+        samples: Sequence[Mapping[str, Fraction]],
     ) -> None:
-        self.nodes, self.parameters, self.samples = nodes, parameters, samples
-        plain = {"u", "parameter", "constant", "add", "mul", "div", "lookup", "within", *CHOICES}
-        functions = sum(name not in plain for name, *_ in nodes)
-        self.field = Field(list(parameters), 24 + len(parameters) + 8 * functions)
-        self.field.deadline = deadline
+        self.nodes, self.field, self.parameters, self.samples = nodes, field, parameters, samples
         self.splitter = Splitter(nodes, self.field, parameters)
         try:
             self.pieces, self.seams = self.splitter.pieces()
@@ -123,7 +122,11 @@ class Prover:
             self._ends.setdefault((piece.low, False), []).append(piece)
 
     def decide(self, claim: Claim) -> Decision:
-        """Proves or disproves a claim, or says what stops it."""
+        """Proves or disproves a claim, or says what stops it.
+
+        Raises:
+            Unsettled: it depends on the parameters.
+        """
         decision = Decision(claim, "proved")
         try:
             for number, piece in enumerate(self.pieces):
@@ -184,9 +187,10 @@ class Prover:
             self.field.require_time()
             middle = between(low, high)
             if sign == -claim.sign or count % 8 == 1:
-                self._witness(claim, middle, low, high)
-            if count > most or _narrow(low, high):
-                self._witness(claim, middle, low, high)
+                self._witness(claim, middle, FEW_WIDTHS if len(self.samples) > MOST_SAMPLES else ALL_WIDTHS)
+                require_settled(target, box)
+            if count > most or _narrow(low, high) or (sign == -claim.sign and count > FEW_CELLS // 2):
+                self._witness(claim, middle)
                 raise UndecidedError(f"{span(low, high)}: {reason}")
             self._require_smooth(piece, middle)
             todo += [(middle, high), (low, middle)]
@@ -194,12 +198,14 @@ class Prover:
     def _require_smooth(self, piece: Piece, u: Fraction) -> None:
         """Where two cells meet, v has to be defined as well: 1 / u rises on either side of 0, but not across."""
         try:
-            Box(self.field, Interval.of(u, u), self.parameters).require_defined(piece.expression)
+            inside = Box(self.field, Interval.of(u, u), self.parameters, piece.known(self.field))
+            inside.require_defined(piece.expression)
         except UndefinedError as error:
             raise UndecidedError(f"u = {float(u):.6g}: {error}") from error
 
     def _from_an_end(self, target: Element, wanted: int, low: Bound, high: Bound, box: Box) -> bool:
         """Whether the derivative has its sign at one end of a cell, and moves away from 0 from there."""
+        box = Box(self.field, box.u, self.parameters)  # for all parameters: the end may be outside the piece
         slope = box.sign(target.derivative)[0]
         end = low if slope == wanted else high
         if slope is None or end is None:
@@ -228,14 +234,26 @@ class Prover:
             for right in sides[1]:
                 if not self._adjacent(left, right, seam, box):
                     continue
-                before, after = (self._limit(p.expression, seam, box) for p in (left, right))
-                self._step(claim, before, after, 0 if claim.order == 2 else 1, seam, box, decision)
-                for at in values_at(self.splitter, seam, (left, right), box):
-                    self._step(claim, before, at, 0 if claim.order == 2 else 1, seam, box, decision)
-                    self._step(claim, at, after, 0 if claim.order == 2 else 1, seam, box, decision)
-                if claim.order == 2:
-                    slopes = [self._limit(p.expression.derivative, seam, box) for p in (left, right)]
-                    self._step(claim, slopes[0], slopes[1], claim.sign, seam, box, decision)
+                try:
+                    self._between(claim, left, right, seam, box, decision)
+                except UndecidedError as error:
+                    for key in (left.signs.keys() | right.signs.keys()) & self.splitter.roots.keys() - {seam.key}:
+                        if seam.root is not None:  # whether they meet depends on the order of their seams
+                            require_settled(self.splitter.roots[key][0] - seam.root, box)
+                    if isinstance(error, _Jump):
+                        require_settled(error.difference, box)
+                    raise
+
+    def _between(self, claim: Claim, left: Piece, right: Piece, seam: Seam, box: Box, decision: Decision) -> None:
+        """Neither v nor its slope jumps against the claim between two pieces that may meet at a seam."""
+        before, after = (self._limit(p.expression, seam, box) for p in (left, right))
+        self._step(claim, before, after, 0 if claim.order == 2 else 1, seam, box, decision)
+        for at in values_at(self.splitter, seam, (left, right), box):
+            self._step(claim, before, at, 0 if claim.order == 2 else 1, seam, box, decision)
+            self._step(claim, at, after, 0 if claim.order == 2 else 1, seam, box, decision)
+        if claim.order == 2:
+            slopes = [self._limit(p.expression.derivative, seam, box) for p in (left, right)]
+            self._step(claim, slopes[0], slopes[1], claim.sign, seam, box, decision)
 
     def _adjacent(self, left: Piece, right: Piece, seam: Seam, box: Box) -> bool:
         """Whether two pieces can meet at a seam: no other difference has opposite signs on them."""
@@ -294,17 +312,20 @@ class Prover:
         denominator = box.sign(bottom)[0]
         if sign is not None and denominator and (sign == 0 or sign * denominator == allowed):
             return
-        place = seam.low if seam.low is not None else None
+        place = seam.low if seam.low is not None else seam.root
         if place is not None:
-            self._witness(claim, place, None, None)
-        raise UndecidedError(f"{seam.label}: v or its slope jumps")
+            self._witness(claim, place)
+        raise _Jump(f"{seam.label}: v or its slope jumps", Element(self.field, kept, self.field.one.numerator))
 
     # -- witnesses --------------------------------------------------------------------------------------------
 
-    def _witness(self, claim: Claim, place: Fraction, low: Bound, high: Bound) -> None:
-        """Raises _Disproved if points near ``place`` contradict the claim."""
+    def _witness(self, claim: Claim, near: Fraction | Element, widths: Sequence[int] = ALL_WIDTHS) -> None:
+        """Raises _Disproved if points near a place contradict the claim."""
         for parameters in self.samples:
-            for k in range(0, 44, 2):
+            place = near if isinstance(near, Fraction) else self._at(near, parameters)
+            if place is None:
+                continue
+            for k in widths:
                 self.field.require_time()
                 width = max(abs(place), Fraction(1, 2**20)) / 2**k
                 for points in _candidates(claim, place, width):
@@ -322,6 +343,21 @@ class Prover:
                         wrong = ordered(values[1], (values[0] + values[2]) / 2, _SHARE)
                     if wrong:
                         raise _Disproved(points, values, dict(parameters))
+
+    def _at(self, element: Element, parameters: Mapping[str, Fraction]) -> Fraction | None:
+        """About the value of an expression in the parameters; None if it is undefined."""
+        points = {name: Interval.of(value, value) for name, value in parameters.items()}
+        try:
+            value = Box(self.field, Interval.of(0, 0), points).range(element)
+        except UndefinedError:
+            return None
+        return rounded(value.low, 1) if value.low.is_finite() else None
+
+
+class _Jump(UndecidedError):
+    def __init__(self, message: str, difference: Element) -> None:
+        super().__init__(message)
+        self.difference = difference
 
 
 class _Disproved(Exception):

@@ -11,7 +11,7 @@ from halos_pl.proof.field import Field
 from halos_pl.proof.interval import Interval
 from halos_pl.proof.program import PARTIAL, Node
 from halos_pl.proof.roots import Bound, between, span
-from halos_pl.proof.signs import Box, UndefinedError
+from halos_pl.proof.signs import Box, Known, UndefinedError
 
 MOST_PARTS = 60
 
@@ -38,7 +38,9 @@ class Condition:
             return sign in (0, 1)
         return strict and sign in ((1,) if self.kind == "above 0" else (1, -1))
 
-    def holds_between(self, field: Field, low: Bound, high: Bound, parameters: Mapping[str, Interval]) -> bool:
+    def holds_between(
+        self, field: Field, low: Bound, high: Bound, parameters: Mapping[str, Interval], known: Known
+    ) -> bool:
         """Whether it is known to hold on an open interval of u, which is cut into parts if need be."""
         todo = [(low, high)]
         for _ in range(MOST_PARTS):
@@ -46,12 +48,12 @@ class Condition:
                 return True
             field.require_time()
             low, high = todo.pop()
-            if self.holds(Box(field, span(low, high), parameters)):
+            if self.holds(Box(field, span(low, high), parameters, known)):
                 continue
             middle = between(low, high)
             if 0 not in self.element.depends_on:
                 return False
-            if not self.holds(Box(field, Interval.of(middle, middle), parameters)):
+            if not self.holds(Box(field, Interval.of(middle, middle), parameters, known)):
                 return False
             todo += [(middle, high), (low, middle)]
         return False

@@ -155,6 +155,9 @@ class Expressions:
 
     Attributes:
         excused: products of variables whose coefficient was taken as 0, with the largest such coefficient.
+        assumed: signs of polynomials, and whether they are strict: never 0.
+        replaced: what stands for a parameter, by its variable.
+        monic: polynomials with leading coefficient 1, by key, of which signs are known somewhere.
         deadline: CPU time (``time.process_time``) after which nothing more is computed.
     """
 
@@ -170,6 +173,9 @@ class Expressions:
         self._roots: dict[int, int] = {}  # q by the kernel g^(1/q)
         self.deadline = float("inf")
         self.excused: dict[str, tuple[fmpq, Element]] = {}
+        self.assumed: list[tuple[fmpq_mpoly, int, bool]] = []
+        self.replaced: dict[int, Element] = {}
+        self.monic: dict[str, fmpq_mpoly] = {}
         self.one = Element(self, self.ctx.constant(1), self.ctx.constant(1))
         self.zero = Element(self, self.ctx.constant(0), self.ctx.constant(1))
         self.u = self.variable(0)
@@ -185,6 +191,11 @@ class Expressions:
     def variable(self, index: int) -> Element:
         """u (0), a parameter or a kernel."""
         return Element(self, self.generators[index], self.ctx.constant(1))
+
+    def parameter(self, name: str) -> Element:
+        """A parameter, or what stands for it."""
+        index = 1 + self.parameters.index(name)
+        return self.replaced.get(index) or self.variable(index)
 
     def constant(self, value: Fraction | int) -> Element:
         """A rational constant."""

@@ -215,7 +215,7 @@ class Evaluation:
         if name == "u":
             return self.u
         if name == "parameter":
-            return self.field.variable(1 + self.field.parameters.index(str(operands[0])))
+            return self.field.parameter(str(operands[0]))
         if name == "constant":
             return self.field.constant(Fraction(str(operands[0])))
         if name == "add":

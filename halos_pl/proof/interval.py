@@ -71,6 +71,13 @@ class Interval:
         low = self.low if self.exact_low is None else self.exact_low
         return low, self.high if self.exact_high is None else self.exact_high
 
+    def contains(self, value: Any) -> bool:
+        """Whether a rational is one of the numbers."""
+        low, high = self.ends
+        x = fmpq(value.numerator, value.denominator)
+        beyond_low = x >= low if not self.above_low else x > low
+        return bool(beyond_low and (x <= high if not self.below_high else x < high))
+
     @property
     def positive(self) -> bool:
         """Whether all numbers are above 0."""

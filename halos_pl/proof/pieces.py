@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 
+from flint import fmpq_mpoly
+
 from halos_pl.proof import domain
 from halos_pl.proof.element import Element, UndecidedError
 from halos_pl.proof.evaluation import Evaluation, Partial, Undecided
@@ -14,9 +16,21 @@ from halos_pl.proof.field import Field
 from halos_pl.proof.interval import Interval
 from halos_pl.proof.program import Node
 from halos_pl.proof.roots import Bound, Roots, rounded, span
-from halos_pl.proof.signs import Box, UndefinedError
+from halos_pl.proof.signs import Box, Known, UndefinedError
 
 MOST_PIECES = 6000
+
+
+class Unsettled(Exception):
+    """What v is depends on the sign of an expression in the parameters.
+
+    Args:
+        polynomial: it.
+    """
+
+    def __init__(self, polynomial: fmpq_mpoly) -> None:
+        super().__init__()
+        self.polynomial = polynomial
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,12 @@ class Piece:
 
     def box(self, field: Field, parameters: Mapping[str, Interval], low: Bound = None, high: Bound = None) -> Box:
         """The piece as a cell, or a part of it."""
-        return Box(field, span(self.low if low is None else low, self.high if high is None else high), parameters)
+        inside = span(self.low if low is None else low, self.high if high is None else high)
+        return Box(field, inside, parameters, self.known(field))
+
+    def known(self, field: Field) -> Known:
+        """The differences whose signs the ends do not decide, and these signs."""
+        return [(field.monic[key], sign) for key, sign in self.signs.items()]
 
     def __str__(self) -> str:
         low = "-inf" if self.low is None else f"{float(self.low):.6g}"
@@ -77,8 +96,9 @@ class Piece:
 def monic(element: Element) -> tuple[Element, int]:
     """The numerator with leading coefficient 1, and the sign by which it was divided."""
     leading = element.numerator.leading_coefficient()
-    one = element.field.ctx.constant(1)
-    return Element(element.field, element.numerator / leading, one), (1 if leading > 0 else -1)
+    top = Element(element.field, element.numerator / leading, element.field.ctx.constant(1))
+    element.field.monic[top.key] = top.numerator
+    return top, (1 if leading > 0 else -1)
 
 
 class Splitter:
@@ -112,7 +132,7 @@ class Splitter:
         while todo:
             self.field.require_time()
             piece, sums = todo.pop()
-            box = piece.box(self.field, self.parameters)
+            box, known_signs = piece.box(self.field, self.parameters), piece.known(self.field)
             sign = partial(self._sign, piece=piece, box=box)
             evaluation = Evaluation(
                 self.nodes, self.field, self.field.u, sign, box.range, known, sums, tables, self.partial
@@ -120,7 +140,7 @@ class Splitter:
             try:
                 pieces.append(replace(piece, value=evaluation.value()))
                 for condition in evaluation.conditions().values():
-                    if not condition.holds_between(self.field, piece.low, piece.high, self.parameters):
+                    if not condition.holds_between(self.field, piece.low, piece.high, self.parameters, known_signs):
                         self.undefined = f"{piece}: v may be undefined: {condition}"
             except Undecided as choice:
                 parts, found = self._split(piece, box, choice.difference)
@@ -152,7 +172,7 @@ class Splitter:
             if bottom and strict:
                 return piece.signs[top.key] * flipped * bottom
         sign, strict = box.sign(difference)
-        if sign is not None and strict:
+        if sign == 0 or (sign is not None and strict):
             return sign
         side = self._side(top, piece, box)
         if side is None:
@@ -175,11 +195,38 @@ class Splitter:
                     return rises if above else -rises
         return None
 
+    def _deciding(self, top: Element, box: Box) -> Element:
+        """The factor on which the sign of a difference depends, if the parameters decide where it vanishes.
+
+        Raises:
+            Unsettled: they also decide whether it does.
+        """
+        if not top.depends_on - {0}:
+            return top
+        one = self.field.one.numerator
+        for factor, _ in self.field.factors(top.numerator)[1]:
+            part, _ = monic(Element(self.field, factor, one))
+            if box.sign(part)[1]:
+                continue
+            require_settled(part, box)
+            if 0 not in part.depends_on:
+                raise UndecidedError(f"whether {part} < 0 depends on the parameters")
+            if self._is_affine(part):
+                slope = Element(self.field, part.numerator.derivative(0), one)
+                require_settled(slope, box)
+                if box.sign(slope)[1]:
+                    return part
+        return top
+
+    def _is_affine(self, top: Element) -> bool:
+        of_u = (0 in self.field.base_of(i) for i in top.variables if i)
+        return top.numerator.degrees()[0] == 1 and top.denominator.is_one() and not any(of_u)
+
     def _affine_root(self, top: Element, box: Box) -> tuple[Element, int] | None:
         """-b / a and the sign of a for a u + b; None for another expression."""
         field = self.field
         one = field.ctx.constant(1)
-        if top.numerator.degrees()[0] != 1 or any(0 in field.base_of(i) for i in top.variables if i):
+        if not self._is_affine(top):
             return None
         a = Element(field, top.numerator.derivative(0), one)
         b = top - a * field.u
@@ -189,9 +236,7 @@ class Splitter:
         return field.quotient(-b.numerator, a.numerator), sign
 
     def _split(self, piece: Piece, box: Box, difference: Element) -> tuple[list[Piece], list[Seam]]:
-        top, _ = monic(difference)
-        if 0 not in top.depends_on:
-            raise UndecidedError(f"whether {top} < 0 depends on the parameters")
+        top = self._deciding(monic(difference)[0], box)
         affine = self._affine_root(top, box)
         if affine is None:
             for factor, _ in self.field.factors(top.numerator)[1]:
@@ -230,6 +275,15 @@ class Splitter:
             low, sign = a, -sign
         parts.append(replace(piece, low=low, signs={**piece.signs, top.key: sign}))
         return parts, [Seam(a, b, None, top.key, top=top) for a, b in places]
+
+
+def require_settled(element: Element, box: Box) -> None:
+    """Raises Unsettled if a factor of an expression is a polynomial in the parameters whose sign is not known."""
+    for factor, _ in element.field.factors(element.numerator)[1]:
+        top, _ = monic(Element(element.field, factor, element.field.one.numerator))
+        parameters_only = 0 not in top.variables and not top.variables & element.field.kernels.keys()
+        if parameters_only and not box.sign(top)[1] and box.sign(top)[0] != 0:
+            raise Unsettled(top.numerator)
 
 
 def _above(a: Fraction, b: Bound) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from flint import arb
 from torch import nn
 
-from halos_pl.proof.claims import CLAIMS, Claim, Decision, Prover, Status
+from halos_pl.proof.cases import Prover
+from halos_pl.proof.claims import CLAIMS, Claim, Decision, Status
 from halos_pl.proof.contexts import mismatch
 from halos_pl.proof.element import UndecidedError
 from halos_pl.proof.interval import INF, NEGATIVE_INF, REALS, Interval
@@ -152,17 +153,22 @@ def prove(v: nn.Module) -> Proof:
     try:
         plain = trace(v, {name: symbol for name, (symbol, _) in learnable.items()})
         deadline = time.process_time() + SECONDS
-        outcomes = _decided(plain, _entries(learnable), deadline)
+        entries = _entries(learnable)
+        outcomes = _decided(plain, entries, CLAIMS, _samples(entries, entries), deadline)
         if why := _unfaithful(v, plain, learnable):
             outcomes = _undecided(why)
-        if hyper and any(outcome.status == "proved" for outcome in outcomes.values()):
+        proved = [outcome.claim for outcome in outcomes.values() if outcome.status == "proved"]
+        if hyper and proved:
             graph, unknowns = _recorded(v, learnable, hyper)
             entries = _entries(unknowns)
             added = {name: symbol for name, (symbol, _) in unknowns.items() if name not in learnable}
             if added:
                 own = {name: value for name, (_, value) in entries.items()}
                 why = difference(v, graph, {name: symbol for name, (symbol, _) in unknowns.items()}, added, own)
-                wider = _decided(graph, entries, deadline) if not why else _undecided(why, _scope(entries, graph))
+                others = _samples(entries, entries)[1:]  # those with its own hyper-parameters disproved nothing
+                wider = _undecided(why, _scope(entries, graph))
+                if not why:
+                    wider |= _decided(graph, entries, proved, others, deadline)
                 outcomes = _widened(outcomes, wider)
     except UntraceableError as error:
         outcomes = _undecided(str(error))
@@ -181,29 +187,40 @@ def _undecided(why: str, scope: str = "") -> dict[str, Outcome]:
     return {claim.name: Outcome(claim, "undecided", scope, why) for claim in CLAIMS}
 
 
-def _samples(entries: Mapping[str, tuple[Interval, Fraction]]) -> list[dict[str, Fraction]]:
+def _samples(entries: Mapping[str, tuple[Interval, Fraction]], varied: Collection[str]) -> list[dict[str, Fraction]]:
+    """Values of the parameters, their own and with others for those that may vary: all of them, and each alone."""
     own = {name: value for name, (_, value) in entries.items()}
+
+    def moved(values: Mapping[str, Fraction]) -> dict[str, Fraction]:
+        return own | {name: x for name, x in values.items() if name in varied and entries[name][0].contains(x)}
+
     samples = [own]
-    for other in _TRIED:
-        samples.append({name: other if x is REALS else own[name] for name, (x, _) in entries.items()})
-        samples += [{**own, name: other} for name, (x, _) in entries.items() if x is REALS and len(entries) > 1]
-    return samples if any(x is REALS for x, _ in entries.values()) else [own]
+    for i, other in enumerate(_TRIED):
+        samples.append(moved(dict.fromkeys(own, other)))
+        samples += [moved({name: other}) for name in own if len(own) > 1]
+        turned = {name: _TRIED[(i + k) % len(_TRIED)] for k, name in enumerate(own)}
+        samples.append(moved({name: x if entries[name][0].contains(x) else -x for name, x in turned.items()}))
+    return [sample for i, sample in enumerate(samples) if sample not in samples[:i]]
 
 
 def _decided(
-    graph: tuple[Node, ...], entries: Mapping[str, tuple[Interval, Fraction]], deadline: float
+    graph: tuple[Node, ...],
+    entries: Mapping[str, tuple[Interval, Fraction]],
+    claims: Sequence[Claim],
+    samples: Sequence[Mapping[str, Fraction]],
+    deadline: float,
 ) -> dict[str, Outcome]:
     ranges = {name: interval for name, (interval, _) in entries.items()}
     scope = _scope(entries, graph)
     try:
-        prover = Prover(graph, ranges, _samples(entries), deadline)
+        prover = Prover(graph, ranges, samples, deadline)
     except (UndecidedError, ValueError, ArithmeticError) as error:
         return _undecided(str(error), scope)
     outcomes = {}
-    for claim in CLAIMS:
+    for claim in claims:
         decision = prover.decide(claim)
         if decision.status == "disproved":
-            at = ", ".join(f"{name} = {float(value):g}" for name, value in decision.parameters.items())
+            at = ", ".join(f"{name} = {_number(value)}" for name, value in decision.parameters.items())
             scope_here, reason = (f"for {at}" if at else ""), witness(claim, decision)
         else:
             scope_here, reason = scope, decision.reason

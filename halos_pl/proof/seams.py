@@ -60,7 +60,7 @@ def _sign_at(
     if value is not None:
         return (value > 0) - (value < 0)
     found, strict = box.sign(difference)
-    if found is not None and strict:
+    if found == 0 or (found is not None and strict):
         return found
     top, flipped = monic(difference)
     if seam.root is None and seam.top is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from flint import arb, fmpq, fmpq_mpoly
@@ -12,6 +12,10 @@ from halos_pl.proof.field import Field
 from halos_pl.proof.interval import INF, NEGATIVE_INF, ONE, ZERO, Interval, polynomial_range
 
 Function = Callable[[arb], arb]
+Known = Sequence[tuple[fmpq_mpoly, int]]  # polynomials and their signs
+
+
+MOST_STEPS = 2  # from known signs to another
 
 
 class UndefinedError(ValueError):
@@ -147,6 +151,21 @@ def _independent(polynomial: fmpq_mpoly) -> list[fmpq_mpoly]:
     return [polynomial.context().from_dict(terms) for terms in together]
 
 
+def _ratios(f: fmpq_mpoly, g: fmpq_mpoly) -> Iterator[fmpq_mpoly]:
+    """The terms of f that are multiples of a term of g, divided by it; for each term of g."""
+    seen = set()
+    for exponents, coefficient in g.terms():
+        ratio = {
+            tuple(a - b for a, b in zip(mine, exponents, strict=True)): c / coefficient
+            for mine, c in f.terms()
+            if all(a >= b for a, b in zip(mine, exponents, strict=True))
+        }
+        q = f.context().from_dict(ratio)
+        if ratio and str(q) not in seen:
+            seen.add(str(q))
+            yield q
+
+
 class Box:
     """A cell: the range of u and of each parameter; the ranges of kernels follow.
 
@@ -154,12 +173,15 @@ class Box:
         field: the expressions.
         u: range of u.
         parameters: ranges of the parameters, in the field's order.
+        known: signs of polynomials in the cell, none of which is 0 there, beside those that the field assumes.
     """
 
-    def __init__(self, field: Field, u: Interval, parameters: Mapping[str, Interval]) -> None:
+    def __init__(self, field: Field, u: Interval, parameters: Mapping[str, Interval], known: Known = ()) -> None:
         self.field, self.u, self.parameters = field, u, dict(parameters)
         self._ranges = {0: u} | {1 + i: parameters[name] for i, name in enumerate(field.parameters)}
         self._signs: dict[str, tuple[int | None, bool]] = {}
+        self._depth = 0
+        self._known = [*field.assumed, *((polynomial, sign, True) for polynomial, sign in known)]
 
     def __getitem__(self, index: int) -> Interval:
         if index not in self._ranges:
@@ -233,6 +255,8 @@ class Box:
         return (None if top is None else top * bottom), strict
 
     def _sign_of_polynomial(self, polynomial: fmpq_mpoly) -> tuple[int | None, bool]:
+        if polynomial.is_zero():
+            return 0, False
         if polynomial.is_constant():
             return (1 if polynomial.leading_coefficient() > 0 else -1), True
         sign, factors = self.field.factors(polynomial)
@@ -257,10 +281,33 @@ class Box:
             if None not in [s for s, _ in signs] and len({s for s, _ in signs}) == 1:
                 found = signs[0][0], any(strict for _, strict in signs)
         if found[0] is None or not found[1]:
-            found = self._by_conjugate(factor) or self._turned(factor) or self._by_growth(factor) or found
+            found = (
+                self._by_known(factor)
+                or self._by_conjugate(factor)
+                or self._turned(factor)
+                or self._by_growth(factor)
+                or found
+            )
         if squared:
             return 1, found[1] and found[0] is not None
         return found
+
+    def _by_known(self, factor: fmpq_mpoly) -> tuple[int | None, bool] | None:
+        """The sign of q g + r, from that of q, of r and the known one of g."""
+        if self._depth == MOST_STEPS:
+            return None
+        self._depth += 1
+        try:
+            for g, sign, strict in self._known:
+                for q in _ratios(factor, g):
+                    r = factor - q * g
+                    sign_q, strict_q = self._sign_of_polynomial(q)
+                    sign_r, strict_r = self._sign_of_polynomial(r) if sign_q is not None else (None, False)
+                    if sign_q is not None and sign_r is not None and sign * sign_q * sign_r >= 0:
+                        return sign * sign_q or sign_r, (strict and strict_q) or strict_r
+        finally:
+            self._depth -= 1
+        return None
 
     def _by_conjugate(self, factor: fmpq_mpoly) -> tuple[int | None, bool] | None:
         """The sign of a + b sqrt(g) with a and b of opposite signs, from that of a^2 - b^2 g."""

@@ -1,0 +1,77 @@
+"""What is proved for all hyper-parameters, where branches and switching points depend on these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from make_parts import example, library
+from parametrized import FORMULAS, Parametrized, violation
+
+import value_functions
+from halos_pl.proof.prove import prove
+from value_functions import Clipped, LossAverse, Mixture, Scaled, Shifted, Tanh, ValueFunction
+
+WRAPPED = {
+    "Scaled": lambda v: Scaled(v, by=2.0),
+    "Shifted": lambda v: Shifted(v, by=1.0),
+    "LossAverse": lambda v: LossAverse(v, loss_aversion=2.25),
+    "Clipped": lambda v: Clipped(v, low=-3.0, high=3.0),
+    "Mixture": lambda v: Mixture([v, Tanh()], weights=[0.5, 2.0]),
+}
+SHIPPED = library(value_functions.__name__)
+BRANCHING = ("CARA", "Hinge", "KahnemanTversky")  # at places that depend on their parameters
+
+
+def _pairs() -> list[Any]:
+    return [
+        pytest.param(
+            wrapper, name, marks=() if wrapper in ("Clipped", "Shifted") and name in BRANCHING else pytest.mark.slow
+        )
+        for wrapper in WRAPPED
+        for name in SHIPPED
+        if name not in WRAPPED
+    ]
+
+
+@pytest.mark.parametrize(("wrapper", "name"), _pairs())
+def test_wrappers_are_decided_for_all_parameters_of_theirs_and_of_what_they_wrap(wrapper, name):
+    v: ValueFunction = WRAPPED[wrapper](example(SHIPPED[name]))
+    proof = prove(v)
+    assert proof.seconds < 2
+    for outcome in proof.outcomes.values():
+        assert outcome.status != "undecided", str(outcome)
+        if outcome.status == "proved":
+            for_all = outcome.scope.startswith("for every") and "given" not in outcome.scope
+            assert for_all or outcome.reason.startswith("disproved for"), str(outcome)
+
+
+def _law(examples: int) -> Any:
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def _require_true(formula: str) -> None:
+    for claim, outcome in prove(Parametrized(formula=formula)).outcomes.items():
+        if outcome.status == "proved" and "given" not in outcome.scope:
+            assert not violation(formula, claim), str(outcome)
+
+
+@_law(10)
+@given(FORMULAS)
+def test_what_is_proved_for_all_parameters_holds_for_some(formula):
+    _require_true(formula)
+
+
+@pytest.mark.slow
+@_law(600)
+@given(FORMULAS)
+def test_what_600_proofs_say_holds_for_some_parameters(formula):
+    _require_true(formula)
