@@ -8,7 +8,8 @@ from fractions import Fraction
 
 from flint import fmpq, fmpq_mpoly
 
-from halos_pl.proof.claims import Case, Claim, Decision
+from halos_pl.proof.claims import Claim, Decision
+from halos_pl.proof.deciding import Case
 from halos_pl.proof.element import Element, UndecidedError
 from halos_pl.proof.field import Field
 from halos_pl.proof.interval import Interval

@@ -13,7 +13,8 @@ from torch import nn
 
 from halos_pl.proof import form, verify
 from halos_pl.proof.agreement import compare
-from halos_pl.proof.claims import Case, Decision
+from halos_pl.proof.claims import Decision
+from halos_pl.proof.deciding import Case
 from halos_pl.proof.element import Element
 from halos_pl.proof.interval import Interval
 from halos_pl.proof.pieces import Piece

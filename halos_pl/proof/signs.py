@@ -289,7 +289,7 @@ class Box:
                 or found
             )
         if squared:
-            return 1, found[1] and found[0] is not None
+            return 1, (found[1] and found[0] is not None) or self._by_known(factor * factor) == (1, True)
         return found
 
     def _by_known(self, factor: fmpq_mpoly) -> tuple[int | None, bool] | None:
