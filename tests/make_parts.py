@@ -16,7 +16,7 @@ from halos_pl.conformance.strategies import arguments
 from halos_pl.conformance.target import required_arguments
 from halos_pl.objective.feedback import Binary, Flipped, Pairwise
 from halos_pl.objective.reference_points import Constant
-from value_functions import Clipped, Identity, Logistic, LogSigmoid, LossAverse, Mixture, Scaled, Shifted
+from value_functions import Clipped, Identity, Logistic, LogSigmoid, LossAverse, Mixture, Scaled, Shifted, Tanh
 from value_functions.discovery import plug_ins
 
 PACKAGES: dict[str, type] = {
@@ -36,6 +36,14 @@ EXAMPLES: dict[type, Callable[[], nn.Module]] = {
     Pairwise: lambda: Pairwise(label_smoothing=0.1),
     Scaled: lambda: Scaled(LogSigmoid(), by=0.1),
     Shifted: lambda: Shifted(LogSigmoid(beta=2.0), by=0.5),
+}
+# Value functions around another.
+WRAPPERS: dict[str, Callable[[value_functions.ValueFunction], value_functions.ValueFunction]] = {
+    "Clipped": lambda v: Clipped(v, low=-3.0, high=3.0),
+    "LossAverse": lambda v: LossAverse(v, loss_aversion=2.25),
+    "Mixture": lambda v: Mixture([v, Tanh()], weights=[0.5, 2.0]),
+    "Scaled": lambda v: Scaled(v, by=2.0),
+    "Shifted": lambda v: Shifted(v, by=1.0),
 }
 
 

@@ -47,7 +47,6 @@ def statuses(v: nn.Module) -> dict[str, str]:
 def test_every_shipped_function_is_decided_as_it_declares(name):
     v = example(SHIPPED[name])
     proof = prove(v)
-    assert proof.seconds < 2
     for claim in DESIRABLE:
         expected = "disproved" if claim in v.violates else "proved"
         assert proof.outcomes[claim].status == expected, str(proof.outcomes[claim])
