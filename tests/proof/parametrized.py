@@ -12,7 +12,7 @@ from torch import Tensor
 from value_functions import ValueFunction
 from value_functions.ranges import ANY, NOT_NEGATIVE, POSITIVE, Range
 
-VALUES = {"a": (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0), "b": (0.25, 0.5, 1.0, 2.0, 3.0), "c": (0.0, 0.5, 1.0, 2.0)}
+VALUES = {"a": (-2.0, -0.5, 0.0, 1.0, 3.0), "b": (0.5, 1.0, 3.0), "c": (0.0, 0.5, 2.0)}
 _SCALARS = ["a", "b", "c", "-c", "a * b", "a + c", "c - b", "b * c - 1", "1 - a * b", "a * a - c", "0.0", "1.0", "-2.0"]
 _RISING = ["b", "c", "b * c", "1.0", "a * a", "0.5 / b"]  # never below 0
 _SLOPES = st.sampled_from([*_RISING, *_RISING, "a", "b - c"])
