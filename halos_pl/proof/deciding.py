@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import cached_property
 
-from flint import arb
+from flint import arb, fmpq
 
 from halos_pl.proof.claims import Cell, Claim, Decision
 from halos_pl.proof.element import TOLERANCE, Element, TooLargeError, UndecidedError
@@ -25,6 +26,7 @@ from halos_pl.proof.signs import Box, UndefinedError
 MOST_CELLS, FEW_CELLS = 400, 50
 ALL_WIDTHS, FEW_WIDTHS = range(0, 44, 2), (0, 6, 14)  # distances between points, as powers of 1/2
 MOST_SAMPLES = 5  # at which all of them are tried everywhere
+_SMALL = fmpq(1, 2**32)  # an excused coefficient, as a share of the largest one of v
 _SHARE = Fraction(int(TOLERANCE.p), int(TOLERANCE.q))
 
 
@@ -61,6 +63,12 @@ class Case:
             self._ends.setdefault((piece.high, True), []).append(piece)
             self._ends.setdefault((piece.low, False), []).append(piece)
 
+    @cached_property
+    def _largest(self) -> fmpq:
+        """The largest coefficient of v on any piece."""
+        terms = [fmpq(c) for piece in self.pieces for _, c in piece.expression.numerator.terms()]
+        return max((abs(c) for c in terms), default=fmpq(0))
+
     def decide(self, claim: Claim) -> Decision:
         """Proves or disproves a claim, or says what stops it.
 
@@ -78,6 +86,8 @@ class Case:
             for seam in self.seams:
                 self._across(claim, seam, decision)
             for size, what in self.field.excused.values():
+                if size > _SMALL * self._largest:
+                    raise UndecidedError(f"{what} has a coefficient that may be a rounding error of constants, or not")
                 decision.notes.append(
                     f"a coefficient {float(Fraction(int(size.p), int(size.q))):.1e} of {what} counts as 0"
                 )

@@ -111,17 +111,35 @@ def _entries(unknowns: Unknowns) -> dict[str, tuple[Interval, Fraction]]:
     return out
 
 
+def _used(graph: Sequence[Node]) -> set[str]:
+    return {str(operands[0]) for name, *operands in graph if name == "parameter"}
+
+
 def _scope(entries: Mapping[str, tuple[Interval, Fraction]], graph: tuple[Node, ...]) -> str:
-    used = {str(operands[0]) for name, *operands in graph if name == "parameter"}
-    texts = []
+    used, texts = _used(graph), []
     for name, (x, _) in entries.items():
         if name in used:
             left, right = (
                 "(" if x.above_low or not x.low.is_finite() else "[",
                 ")" if x.below_high or not x.high.is_finite() else "]",
             )
-            texts.append(f"{name} in {left}{float(x.low):g}, {float(x.high):g}{right}")
+            ends = (f"{end:g}" if float(f"{end:g}") == end else repr(end) for end in (float(x.low), float(x.high)))
+            texts.append(f"{name} in {left}{', '.join(ends)}{right}")
     return f"for every {', '.join(texts)}" if texts else ""
+
+
+def _with_the_given(v: nn.Module, outcome: Outcome) -> Outcome:
+    """The outcome with the hyper-parameters in its scope that have a range, but no part in what is proved for all."""
+    if outcome.status != "proved" or outcome.prover is None or "given hyper-parameters" in outcome.scope:
+        return outcome
+    used, given = _used(outcome.prover.nodes), []
+    for path, module in v.named_modules():
+        for name in getattr(module, "ranges", {}):
+            value, label = getattr(module, name, ()), f"{path}.{name}" if path else name
+            each = [f"{label}[{i}]" for i in range(len(value))] if isinstance(value, list) else [label]
+            given += [] if value is None else [one for one in each if one not in used]
+    scope = f"{outcome.scope} and the given" if outcome.scope else "for the given"
+    return replace(outcome, scope=f"{scope} {', '.join(given)}") if given else outcome
 
 
 def _recorded(v: nn.Module, learnable: Unknowns, hyper: Unknowns) -> tuple[tuple[Node, ...], Unknowns]:
@@ -172,6 +190,7 @@ def prove(v: nn.Module) -> Proof:
                 outcomes = _widened(outcomes, wider)
     except UntraceableError as error:
         outcomes = _undecided(str(error))
+    outcomes = {name: _with_the_given(v, outcome) for name, outcome in outcomes.items()}
     return Proof(type(v).__name__, outcomes, time.process_time() - start)
 
 
@@ -265,7 +284,7 @@ def witness(claim: Claim, decision: Decision) -> str:
 
 
 def _number(u: Fraction) -> str:
-    return f"{float(u)!r}".removesuffix(".0") if Fraction(repr(float(u))) == u else str(u)
+    return f"{float(u)!r}".removesuffix(".0") if len(str(u)) > 25 or Fraction(repr(float(u))) == u else str(u)
 
 
 def _digits(value: arb) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 
@@ -172,3 +173,30 @@ class Parameter(ValueFunction):
 def test_a_parameter_that_does_not_learn_is_a_constant():
     assert prove(Parameter(learns=True)).outcomes["non_decreasing"].status == "disproved"
     assert prove(Parameter(learns=False)).outcomes["non_decreasing"].status == "proved"
+
+
+class InPython(ValueFunction):
+    """a u sign(b), where the proof cannot follow b."""
+
+    ranges: Mapping[str, Range] = {"a": POSITIVE, "b": Range()}
+
+    def __init__(self, *, a: float = 1.0, b: float = 1.0) -> None:
+        super().__init__()
+        self.a, self.b = self.accepted("a", a), self.accepted("b", b)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.a * u * math.copysign(1, self.b)
+
+
+def test_a_hyper_parameter_that_the_proof_cannot_follow_is_named_as_given():
+    outcome = prove(InPython()).outcomes["non_decreasing"]
+    assert outcome.status == "proved"
+    assert outcome.scope == "for every a in (0, inf) and the given b"
+
+
+def test_a_large_coefficient_is_no_rounding_error():
+    def v(u: Tensor) -> Tensor:
+        k = torch.where(u > 1, 1.0, 0.0).to(u.dtype)
+        return u - 3 * (562949953421313.0 * k - 562949953421312.0 * k)
+
+    assert prove(Composed(v)).outcomes["non_decreasing"].status == "undecided"
