@@ -12,25 +12,23 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from halos_pl.cache import size_of
+from halos_pl.cli.targets import MEMORY, TIMEOUT, limited_child, loaded
 from halos_pl.cli.verdicts import verdicts
-from halos_pl.common.experiments import PresetError, config_file, objectives
+from halos_pl.common.experiments import objectives
 from halos_pl.common.messages import cause, plain
-from halos_pl.common.own_plugins import OwnPluginError, import_own
 from halos_pl.conformance.check import reports
 from halos_pl.conformance.child import Child
 from halos_pl.conformance.explain import explain, listed
 from halos_pl.conformance.report import TITLES, Definition, Report
-from halos_pl.conformance.target import KINDS, TargetError, UncheckableError, load_target
+from halos_pl.conformance.target import TargetError, UncheckableError
 
-TIMEOUT, MEMORY = 60.0, "4GB"
 START, END = "<!-- halos check --all: this table is generated -->\n", "<!-- end of the table -->\n"
 
 
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
     """Runs in the child process: the reports on a target under both definitions, as plain data."""
     target, init_args, thorough = (question[key] for key in ("target", "init_args", "thorough"))
-    both = reports(load_target(_named(target), init_args), thorough=thorough, shared=_shared)
+    both = reports(loaded(target, init_args, "halos check"), thorough=thorough, shared=_shared)
     return {definition: asdict(report) for definition, report in both.items()}
 
 
@@ -126,17 +124,6 @@ def _check_all(child: Child, as_json: bool, thorough: bool, targets: Sequence[Pa
             _write(lines, path)
 
 
-def _named(target: str) -> str:
-    """The file of a shipped objective, by name; imports a plug-in of that name from the working folder."""
-    try:
-        if target in objectives():
-            return str(config_file(target, objectives(), "halos check"))
-        import_own(target, KINDS)
-    except (PresetError, OwnPluginError) as error:
-        raise TargetError(str(error)) from error
-    return target
-
-
 def _check_one(child: Child, options: argparse.Namespace) -> Report:
     report = _reports(child, options.target, options.init_args, options.thorough)[options.definition]
     report = replace(report, target=options.target)
@@ -147,22 +134,6 @@ def _check_one(child: Child, options: argparse.Namespace) -> Report:
         if failed := [clause.clause for clause in report.clauses if clause.status == "failed" and clause.required]:
             print(f"\nhalos check --explain {failed[0]} shows what the clause means and how to fix it")
     return report
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
-
-
-def _size(text: str) -> float:
-    if not (size := size_of(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size, such as 4GB or 500MB")
-    return size
 
 
 def run(words: list[str]) -> None:
@@ -205,11 +176,11 @@ def run(words: list[str]) -> None:
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
-        type=_seconds,
+        type=float,
         help=f"time that each target may take; default: {TIMEOUT:g}, with --thorough ten times as long",
     )
     parser.add_argument(
-        "--memory", metavar="SIZE", type=_size, default=MEMORY, help=f"memory that a check may take; default: {MEMORY}"
+        "--memory", metavar="SIZE", default=MEMORY, help=f"memory that a check may take; default: {MEMORY}"
     )
     options = parser.parse_args(words)
     if options.explain is not None:
@@ -223,13 +194,13 @@ def run(words: list[str]) -> None:
         return
     if options.all == (options.target is not None):
         parser.error("give one target, --all or --explain")
-    timeout = options.timeout or TIMEOUT * (10 if options.thorough else 1)
+    timeout = TIMEOUT * (10 if options.thorough else 1) if options.timeout is None else options.timeout
     try:
-        with Child(_answer, timeout=timeout, memory=options.memory) as child:
+        with limited_child(_answer, "halos check", timeout, options.memory) as process:
             if options.all:
-                _check_all(child, options.json, options.thorough, options.write)
+                _check_all(process, options.json, options.thorough, options.write)
                 return
-            report = _check_one(child, options)
+            report = _check_one(process, options)
     except TargetError as error:
         print(f"halos check: {plain(cause(str(error)))}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -4,65 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from halos_pl.cli.errors import UsageError
+from halos_pl.cli.targets import MEMORY, TIMEOUT, limited_child, value_function_of
 from halos_pl.common.messages import plain
-
-if TYPE_CHECKING:
-    from halos_pl.conformance.child import Child
-    from value_functions import ValueFunction
-
-TIMEOUT, MEMORY = 60.0, "4GB"
-
-
-def value_function_of(target: str, init_args: str | None) -> ValueFunction:
-    """The value function that a command names, or that of the objective that it names.
-
-    Raises:
-        TargetError: there is none.
-    """
-    from halos_pl.common.experiments import PresetError, config_file, objectives
-    from halos_pl.common.own_plugins import OwnPluginError, import_own
-    from halos_pl.conformance.target import KINDS, TargetError, load_target
-    from value_functions import ValueFunction
-
-    path = target
-    try:
-        if target in objectives():
-            path = str(config_file(target, objectives(), "halos prove"))
-        else:
-            import_own(target, KINDS)
-    except (PresetError, OwnPluginError) as error:
-        raise TargetError(str(error)) from error
-    found = load_target(path, init_args)
-    v = found if isinstance(found, ValueFunction) else getattr(found, "value_function", None)
-    if not isinstance(v, ValueFunction):
-        terms = (getattr(term, "value_function", None) for term in found.modules())
-        if names := sorted({type(term).__name__ for term in terms if isinstance(term, ValueFunction)}):
-            raise TargetError(
-                f"{target} is a sum of terms with value functions of their own: name {' or '.join(names)}"
-            )
-        raise TargetError(f"{target} is no value function and has none; name one, such as Logistic")
-    return v
-
-
-def child(work: Callable[[Any], Any], command: str, timeout: float, memory: str) -> Child:
-    """The process that executes the code of a target for a command.
-
-    Raises:
-        UsageError: the limits are no time or size.
-    """
-    from halos_pl.cache import size_of
-    from halos_pl.conformance.child import Child
-
-    if not 0 < timeout < float("inf"):
-        raise UsageError(f"{command}: --timeout is {timeout:g}; it must be a number of seconds above 0")
-    if not (size := size_of(memory)):
-        raise UsageError(f"{command}: --memory is {memory!r}; it must be a size, such as 4GB or 500MB")
-    return Child(work, timeout=timeout, memory=size)
 
 
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +19,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     from halos_pl.proof.source import source_hash
 
     target, init_args = question["target"], question["init_args"]
-    v = value_function_of(target, init_args)
+    v = value_function_of(target, init_args, "halos prove")
     source = source_hash(v)
     proof = proved(v)
     width = max(map(len, proof.outcomes))
@@ -114,7 +61,7 @@ def prove(
         fault = "a folder" if certificate.is_dir() else f"there is no folder {certificate.parent}"
         raise UsageError(f"halos prove: --certificate {certificate}: {fault}")
     try:
-        with child(_answer, "halos prove", timeout, memory) as process:
+        with limited_child(_answer, "halos prove", timeout, memory) as process:
             asked = {"target": target, "init_args": init_args, "certificate": certificate is not None}
             answer = process.ask(asked)
     except UncheckableError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halos_pl.cli.errors import UsageError
-from halos_pl.cli.prove import MEMORY, TIMEOUT, child, value_function_of
+from halos_pl.cli.targets import MEMORY, TIMEOUT, limited_child, value_function_of
 from halos_pl.common.messages import plain
 
 
@@ -39,7 +39,7 @@ def verify(certificate: Path, *, timeout: float = TIMEOUT, memory: str = MEMORY)
     if all(claim["graph"] is None for claim in data["claims"]):
         raise UsageError(f"halos verify: {certificate} contains no proof")
     try:
-        with child(_answer, "halos verify", timeout, memory) as process:
+        with limited_child(_answer, "halos verify", timeout, memory) as process:
             answer = process.ask(data)
     except UncheckableError as error:
         raise UsageError(plain(f"halos verify: {certificate} could not be checked: {error}")) from error
@@ -67,7 +67,7 @@ def _answer(data: dict[str, Any]) -> dict[str, Any]:
     from halos_pl.proof.verify import RefusedError
     from halos_pl.proof.verify import verify as verified
 
-    v = value_function_of(data["target"], data["init_args"])
+    v = value_function_of(data["target"], data["init_args"], "halos verify")
     try:
         proved = verified(data, source_hash(v))
         for graph in data["graphs"]:

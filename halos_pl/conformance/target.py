@@ -167,7 +167,7 @@ def load_target(target: str | os.PathLike[str], init_args: str | None = None) ->
             raise TargetError("--init_args is for classes; a YAML file states its own arguments")
         return objective_of(target)
     if (what := misplaced(target)) and not target.endswith(".py"):
-        raise TargetError(f"{what}; {ACCEPTED.replace('give', 'halos check takes')}")
+        raise TargetError(f"{what}; {ACCEPTED}")
     path, colon, name = target.rpartition(":")
     target_object = _from_file(Path(path), name) if colon else _from_module(target)
     arguments: Any = {}

@@ -130,7 +130,7 @@ def test_wrong_limits_are_refused(options, capsys):
 
 
 def test_a_folder_that_is_missing_is_reported_before_the_proof(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("halos_pl.cli.prove.child", None)
+    monkeypatch.setattr("halos_pl.cli.prove.limited_child", None)
     for place in (tmp_path / "missing" / "c.json", tmp_path):
         status, out, lines = status_and_lines(lambda place=place: prove("Tanh", certificate=place), capsys)
         assert (status, out, len(lines)) == (2, "", 1)
