@@ -72,6 +72,39 @@ def test_what_a_target_and_its_processes_print_is_not_part_of_the_report(file, c
         assert text in err
 
 
+WRITES_EVERYWHERE = """
+import os
+from contextlib import suppress
+import torch
+from value_functions import ValueFunction
+
+class Falls(ValueFunction):
+    calls = 0
+
+    def forward(self, u):
+        Falls.calls += 1
+        for fd in range(3, 256 if Falls.calls < 50 else 0):  # no reader empties some of the pipes
+            with suppress(OSError):
+                os.write(fd, b'\\x00\\x00\\x00\\x02{}\\n{"answer": {}}\\n' + b"0" * 32 + b' {"answer": {}}\\n{')
+        return -torch.tanh(u)
+"""
+
+
+def test_a_target_that_writes_to_every_descriptor_changes_no_verdict(tmp_path):
+    """In a process of its own: under xdist, the connection of this one to its master would be written to as well."""
+    (tmp_path / "everywhere.py").write_text(WRITES_EVERYWHERE)
+    command = [sys.executable, "-m", "halos_pl", "check", "everywhere.py:Falls", "--json"]
+    done = subprocess.run(
+        command, cwd=tmp_path, close_fds=True, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr  # which has what was written to copies of standard output
+    if done.returncode == 2:  # without a verdict
+        assert (done.stdout, "could not be checked" in done.stderr) == ("", True)
+    else:
+        assert done.returncode == 1, done.stderr
+        assert "non_decreasing" in [c["clause"] for c in json.loads(done.stdout)["clauses"] if c["status"] == "failed"]
+
+
 def test_a_fork_of_the_target_gives_no_second_answer(file, capfd):
     code, out, _ = halos_check(capfd, f"{file}:Forks", "--json")
     assert code == 0
