@@ -21,7 +21,7 @@ def mismatch(v: nn.Module, graph: Sequence[Node], parameters: Mapping[str, Fract
     """Says where v is not what was recorded; empty if it is so wherever it is tried.
 
     Args:
-        v: a value function; its mode and parameters are as before afterwards.
+        v: a value function; its parameters are as before afterwards.
         graph: its expression.
         parameters: the value of each unknown in it.
     """
@@ -43,7 +43,7 @@ def mismatch(v: nn.Module, graph: Sequence[Node], parameters: Mapping[str, Fract
     with _kept(v), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such as on slow strides
         for where, index, call in _contexts(places):
-            found = call(v, us)
+            found = call(v, us[index])
             if found.shape != index.shape:
                 return f"it returns another shape {where}"
             wrong = (found.double() - expected[index]).abs() > allowed[index] + _ERROR * expected[index].abs()
@@ -55,53 +55,57 @@ def mismatch(v: nn.Module, graph: Sequence[Node], parameters: Mapping[str, Fract
     return ""
 
 
-class _Call:
-    """Calls v with the outcomes at some places, in their shape."""
-
-    def __init__(
-        self, index: Tensor, *, inference: bool = False, gradient: bool = False, default: bool = False
-    ) -> None:
-        self.index, self.inference, self.gradient, self.default = index, inference, gradient, default
-
-    def __call__(self, v: nn.Module, us: Tensor) -> Tensor:
-        before = torch.get_default_dtype()
-        try:
-            if self.default:
-                torch.set_default_dtype(torch.float64)
-            with torch.inference_mode(self.inference), torch.set_grad_enabled(self.gradient):
-                u = us[self.index]
-                found: Tensor = v(u.requires_grad_() if self.gradient else u)
-        finally:
-            torch.set_default_dtype(before)
-        return found.detach().clone()
+_Call = Callable[[nn.Module, Tensor], Tensor]
 
 
-def _contexts(places: Tensor) -> Iterator[tuple[str, Tensor, Callable[[nn.Module, Tensor], Tensor]]]:
+def _plain(v: nn.Module, u: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = v(u)
+    return found
+
+
+def _with_gradients(v: nn.Module, u: Tensor) -> Tensor:
+    with torch.enable_grad():
+        found: Tensor = v(u.requires_grad_())
+    return found.detach()
+
+
+def _in_inference(v: nn.Module, u: Tensor) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = v(u.clone())  # a tensor of that mode itself
+    return found
+
+
+def _with_default_float64(v: nn.Module, u: Tensor) -> Tensor:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return _plain(v, u)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _strided(v: nn.Module, u: Tensor) -> Tensor:
+    return _plain(v, torch.stack([u, u], dim=1)[:, 0])
+
+
+def _contexts(places: Tensor) -> Iterator[tuple[str, Tensor, _Call]]:
+    """What to call a context, the places of the outcomes in it, in their shape, and how v is called with them."""
     n = len(places)
     large = places.repeat(1 + 2500 // n)
-    calls = {
-        f"in a batch of {len(large)}": _Call(large),
-        "in a batch in another order": _Call(places.flip(0), gradient=True),
-        "in four dimensions": _Call(places[: n // 8 * 8].view(2, 2, 2, -1)),
-        "with the default dtype float64": _Call(places, default=True),
-        "in inference mode": _Call(places, inference=True),
-    }
-    yield from ((where, call.index, call) for where, call in calls.items())
+    yield f"in a batch of {len(large)}", large, _plain
+    yield "in a batch in another order", places.flip(0), _with_gradients
+    yield "in four dimensions", places[: n // 8 * 8].view(2, 2, 2, -1), _plain
+    yield "with the default dtype float64", places, _with_default_float64
+    yield "in inference mode", places, _in_inference
     for i in places[:: max(1, n // 6)]:
-        yield "alone", i.view(1), _Call(i.view(1))
+        yield "alone", i.view(1), _plain
     yield "in a tensor that is not contiguous", places, _strided
-
-
-def _strided(v: nn.Module, us: Tensor) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = v(torch.stack([us, us], dim=1)[:, 0])
-    return found.clone()
 
 
 @contextmanager
 def _kept(v: nn.Module) -> Iterator[None]:
-    """Leaves the dtype of v's tensors at float64 meanwhile, and its mode, as they were before."""
-    modes = {module: module.training for module in v.modules()}
+    """Leaves the dtype of v's tensors at float64 meanwhile, as it was before."""
     tensors = {x: x.data for x in (*v.parameters(), *v.buffers()) if x.is_floating_point()}
     try:
         for x, data in tensors.items():
@@ -110,5 +114,3 @@ def _kept(v: nn.Module) -> Iterator[None]:
     finally:
         for x, data in tensors.items():
             x.data = data
-        for module, training in modes.items():
-            module.training = training
