@@ -12,6 +12,7 @@ from halos_pl.proof.program import CHOICES, Program
 HALF = Fraction(1, 2)
 # From here on torch replaces softplus by its asymptote, an error of 2e-9 at most; the proof is about softplus itself.
 SOFTPLUS_THRESHOLD = 20.0
+_MOST_SORTED = 4
 
 
 class NoRuleError(ValueError):
@@ -56,6 +57,11 @@ class Algebra:
 
     def ndtr(self, x: int) -> int:
         return self.times(HALF, self.p.add(self.c(1), self.f("erf", self.p.div(x, self.root(self.c(2))))))
+
+    def erfcx(self, x: int) -> int:
+        """e^(x^2) (1 - erf(x)), as the inverse of the normal distribution's hazard rate, whose tails are known."""
+        hazard = self.f("hazard", self.p.mul(self.root(self.c(2)), x))
+        return self.p.div(self.root(self.p.div(self.c(2), self.c(math.pi))), hazard)
 
     def gelu(self, x: int, approximate: str = "none") -> int:
         if approximate == "none":
@@ -149,6 +155,46 @@ class Algebra:
     def remainder(self, x: int, y: int) -> int:
         return self.p.sub(x, self.p.mul(y, self.floor(self.p.div(x, y))))
 
+    def fmod(self, x: int, y: int) -> int:
+        return self.p.sub(x, self.p.mul(y, self.trunc(self.p.div(x, y))))
+
+    def copysign(self, x: int, y: int) -> int:
+        """Undefined where y is 0, unless x is: floats have a 0 of either sign, real numbers have not."""
+        undefined = self.p.node("div", self.c(1), self.c(0))
+        at_zero = self.p.choose("equal", x, x, undefined)
+        size = self.abs(x)
+        return self.p.choose("less", y, self.p.negative(size), self.p.choose("equal", y, at_zero, size))
+
+    def huber(self, d: int, delta: int) -> int:
+        """d^2 / 2 between -delta and delta, which is above 0, and the tangents there beyond."""
+        near = self.clamp(d, self.p.negative(delta), delta)
+        return self.times(HALF, self.p.mul(near, self.p.sub(self.times(2, d), near)))
+
+    def smooth_l1(self, d: int, beta: int) -> int:
+        return self.abs(d) if self.p.value(beta) == 0 else self.p.div(self.huber(d, beta), beta)
+
+    def softmax(self, xs: list[int]) -> list[int]:
+        if len(xs) == 2:
+            return [self.f("sigmoid", self.p.sub(x, y)) for x, y in (xs, xs[::-1])]
+        return [self.p.div(self.c(1), self._ratios(xs, own)) for own in xs]
+
+    def log_softmax(self, xs: list[int]) -> list[int]:
+        return [self.p.negative(self.f("log", self._ratios(xs, own))) for own in xs]
+
+    def _ratios(self, xs: list[int], own: int) -> int:
+        """The sum of e^x / e^own."""
+        return self.total([self.exp(self.p.sub(x, own)) for x in xs])
+
+    def ascending(self, xs: list[int]) -> list[int]:
+        """The numbers in order."""
+        if len(xs) > _MOST_SORTED:
+            raise NoRuleError(f"no rule for sort of more than {_MOST_SORTED} numbers")
+        xs = list(xs)
+        for end in range(len(xs) - 1, 0, -1):
+            for i in range(end):
+                xs[i : i + 2] = self.least(*xs[i : i + 2]), self.greatest(*xs[i : i + 2])
+        return xs
+
     def count(self, x: int, knots: list[int], with_equal: bool) -> int:
         """How many knots are below x, or at most x."""
         values = [self.p.value(k) for k in knots]
@@ -165,6 +211,9 @@ class Algebra:
 
     def total(self, xs: list[int]) -> int:
         return self.p.add(*xs)
+
+    def mean(self, xs: list[int]) -> int:
+        return self.times(Fraction(1, len(xs)), self.total(xs))
 
     def product(self, xs: list[int]) -> int:
         result = self.c(1)

@@ -30,7 +30,7 @@ class Field(Expressions):
         self._slopes: dict[int, Element] = {}
 
     def apply(self, kind: str, g: Element) -> Element:
-        """exp, log, sigmoid, softplus, atan, erf, log_ndtr, sin or cos of an expression."""
+        """exp, log, sigmoid, softplus, atan, erf, log_ndtr, hazard, sin or cos of an expression."""
         negative = not g.is_zero and g.numerator.leading_coefficient() < 0
         if kind == "exp":
             return self._exp(g)

@@ -69,6 +69,7 @@ def _elementwise(a: Algebra) -> dict[str, Callable[..., int]]:
         "acos": lambda x: p.sub(a.times(HALF, a.c(math.pi)), a.asin(x)),
         "erf": lambda x: a.f("erf", x),
         "erfc": lambda x: p.sub(one, a.f("erf", x)),
+        "special_erfcx": a.erfcx,
         "special_ndtr": a.ndtr,
         "special_log_ndtr": lambda x: a.f("log_ndtr", x),
         "atan2": a.atan2,
@@ -78,6 +79,8 @@ def _elementwise(a: Algebra) -> dict[str, Callable[..., int]]:
         "round": a.round,
         "frac": lambda x: p.sub(x, a.trunc(x)),
         "remainder": a.remainder,
+        "fmod": a.fmod,
+        "copysign": a.copysign,
         "floor_divide": lambda x, y: a.floor(p.div(x, y)),
         "sin": lambda x: a.f("sin", x),
         "cos": lambda x: a.f("cos", x),
@@ -143,7 +146,7 @@ def _reduction(a: Algebra, name: str, args: list[Any], kwargs: dict[str, Any]) -
         )
     rules: dict[str, Callable[[list[int]], int]] = {
         "sum": a.total,
-        "mean": lambda xs: a.times(Fraction(1, len(xs)), a.total(xs)),
+        "mean": a.mean,
         "prod": a.product,
         "amax": lambda xs: a.extreme(xs, a.greatest),
         "amin": lambda xs: a.extreme(xs, a.least),
@@ -155,6 +158,31 @@ def _reduction(a: Algebra, name: str, args: list[Any], kwargs: dict[str, Any]) -
     }
     result = _reduced(rules[name], ids, dims, keep)
     return (result,) if name in ("max", "min") and dims is not None else result
+
+
+def _rows(rule: Callable[[list[int]], list[int]], ids: Tensor, dim: int) -> Tensor:
+    """Each row of elements along a dimension replaced by what ``rule`` makes of it."""
+    moved = (ids if ids.dim() else ids[None]).movedim(dim, -1)
+    rows = [rule(row) for row in moved.reshape(-1, moved.shape[-1]).tolist()]
+    return torch.tensor(rows, dtype=torch.int64).view(moved.shape).movedim(-1, dim).reshape(ids.shape).contiguous()
+
+
+def _sorted(a: Algebra, ids: Tensor, dim: int = -1, descending: bool = False, stable: bool | None = None) -> Any:
+    """The values alone: which of them is where depends on numbers."""
+    values = _rows(a.ascending, ids, dim)
+    return (torch.flip(values, [dim]) if descending and ids.dim() else values,)
+
+
+def _loss(a: Algebra, name: str, x: Tensor, target: Tensor, reduction: int = 1, width: float = 1.0) -> Tensor:
+    """A loss of two tensors; ``reduction`` 0 is none, 1 the mean and 2 the sum, ``width`` is delta or beta."""
+    w = a.c(width)
+    rules: dict[str, Callable[[int], int]] = {
+        "mse_loss": a.square,
+        "huber_loss": lambda d: a.huber(d, w),
+        "smooth_l1_loss": lambda d: a.smooth_l1(d, w),
+    }
+    each = _each(lambda x, y: rules[name](a.p.sub(x, y)), x, target)
+    return each if reduction == 0 else _reduced({1: a.mean, 2: a.total}[reduction], each, None, False)
 
 
 def _bucket(a: Algebra, name: str, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
@@ -238,6 +266,12 @@ def lower(program: Program, name: str, args: list[Any], kwargs: dict[str, Any]) 
     kwargs = {key: value for key, value in kwargs.items() if key not in ("dtype", "layout", "device", "pin_memory")}
     if name in ("sum", "mean", "prod", "amax", "amin", "any", "all", "logsumexp", "cumsum", "max", "min"):
         return _reduction(a, name, args, kwargs)
+    if name in ("_softmax", "_log_softmax"):
+        return _rows(a.softmax if name == "_softmax" else a.log_softmax, args[0], args[1])
+    if name == "sort":
+        return _sorted(a, *args, **kwargs)
+    if name in ("mse_loss", "huber_loss", "smooth_l1_loss"):
+        return _loss(a, name, *args, **kwargs)
     if name in ("bucketize", "searchsorted"):
         return _bucket(a, name, args, kwargs)
     if name in ("index", "gather", "index_select", "take", "embedding"):

@@ -20,6 +20,7 @@ _FUNCTIONS = {
     "erf": lambda x: x.erf(),
     "sin": lambda x: x.sin(),
     "cos": lambda x: x.cos(),
+    "hazard": lambda x: (2 / arb.pi()).sqrt() * (-x * x / 2).exp() / (x / arb(2).sqrt()).erfc(),
     "log_ndtr": lambda x: ((-x / arb(2).sqrt()).erfc() / 2).log(),
 }
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 # Number of operands of each operation; None: any number. ``lookup`` takes an index and the entries of a table;
 # ``less``, ``at_most`` and ``equal`` take d, a, b and give a where d < 0, d <= 0 or d = 0, else b. ``below`` and
 # ``up_to`` take x and ascending constants, and count those below x or at most x. ``within`` is x, which must be between
-# -2^31 and 2^31.
+# -2^31 and 2^31. ``hazard`` is the normal distribution's density over its upper tail.
 OPERATIONS: dict[str, int | None] = {
     "add": None,
     "mul": 2,
@@ -31,6 +31,7 @@ OPERATIONS: dict[str, int | None] = {
     "below": None,
     "up_to": None,
     "log_ndtr": 1,
+    "hazard": 1,
     "within": 1,
 }
 PARTIAL = ("div", "log", "pow", "within")  # those that may be undefined

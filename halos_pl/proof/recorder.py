@@ -37,6 +37,7 @@ _WHOLE_GROWS = {"add", "sub", "rsub", "mul", "neg", "abs", "sum", "prod", "cumsu
 _WHOLE_STAYS = {
     *("sign", "clamp", "clamp_min", "clamp_max", "minimum", "maximum", "amax", "amin", "max", "min", "where", "relu"),
     *("masked_fill", "index", "gather", "take", "index_select", "floor", "ceil", "trunc", "round", "remainder"),
+    *("fmod", "sort"),
 }
 _INDEXED = {"index", "gather", "take", "index_select"}
 _COUNTS = {"bucketize", "searchsorted"}
