@@ -14,6 +14,11 @@ def plain(text: object) -> str:
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(text))
 
 
+def raised(error: BaseException, most: int = 200) -> str:
+    """An error in one line, ``Class: message`` with at most that many characters of the message, or ``Class`` alone."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}".removesuffix(": ")
+
+
 def chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and the errors that led to it, latest first."""
     seen: set[int] = set()

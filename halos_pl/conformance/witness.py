@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch
+from halos_pl.common.messages import raised
 from halos_pl.conformance.target import UncheckableError
 
 
@@ -32,7 +33,7 @@ class Raised(str):
             raise UncheckableError(
                 f"it runs out of memory: {' '.join(str(error).split())[-200:]}".rstrip(": ")
             ) from error
-        return cls(f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return cls(f"raises {raised(error)}")
 
 
 def number(x: float) -> str:

@@ -174,7 +174,8 @@ def _values(v: nn.Module, us: list[float]) -> Iterator[tuple[float, float]]:
             with torch.inference_mode(number % 3 == 1), torch.set_grad_enabled(number % 3 == 0), _ExactSoftplus():
                 found = v(u)
         except Exception as error:
-            raise RefusedError(f"v raises {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")
+            raise RefusedError(f"v raises {text}") from error
         if not isinstance(found, torch.Tensor) or found.shape != u.shape or found.dtype != u.dtype:
             raise RefusedError("v returns something else than a tensor of the shape and dtype of u")
         yield from zip(batch, found.tolist(), strict=True)

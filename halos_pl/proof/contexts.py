@@ -10,6 +10,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
+from halos_pl.common.messages import raised
 from halos_pl.proof.point import value_at
 from halos_pl.proof.program import Node
 
@@ -25,25 +26,29 @@ def mismatch(v: nn.Module, graph: Sequence[Node], parameters: Mapping[str, Fract
         graph: its expression.
         parameters: the value of each unknown in it.
     """
-    exact: dict[float, float] = {}
+    exact: dict[float, tuple[float, float]] = {}  # v(u), and how far it may be off
     for u in _OUTCOMES:
         try:
-            value = float(value_at(graph, Fraction(u), parameters))
+            ball = value_at(graph, Fraction(u), parameters)
+            enclosed = float(ball.mid()), float(ball.rad())
         except (ValueError, OverflowError):
             continue
-        if abs(value) < 1e300:
-            exact[u] = value
+        if abs(enclosed[0]) < 1e300:
+            exact[u] = enclosed
     if len(exact) < 8:
         return ""  # undefined nearly everywhere, which the claims are about
     us = torch.tensor([*exact], dtype=torch.float64)
-    expected = torch.tensor([*exact.values()], dtype=torch.float64)
+    expected, unknown = torch.tensor([*exact.values()], dtype=torch.float64).unbind(dim=1)
     near = expected[us.abs() <= 1].abs()
-    allowed = _ERROR * expected.abs().cummax(0).values.clamp(min=float(near.max()) if len(near) else 0.0)
+    allowed = _ERROR * expected.abs().cummax(0).values.clamp(min=float(near.max()) if len(near) else 0.0) + unknown
     places = torch.arange(len(us))
     with _kept(v), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such as on slow strides
         for where, index, call in _contexts(places):
-            found = call(v, us[index])
+            try:
+                found = call(v, us[index])
+            except Exception as error:
+                return f"it raises {raised(error)} {where}"
             if found.shape != index.shape:
                 return f"it returns another shape {where}"
             wrong = (found.double() - expected[index]).abs() > allowed[index] + _ERROR * expected[index].abs()

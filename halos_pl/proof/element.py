@@ -317,7 +317,10 @@ class Expressions:
         key = (kind, argument.key, power)
         if key not in self._by_key:
             if self._next == len(self.generators):
-                raise TooLargeError("more different functions than expected")
+                raise TooLargeError(
+                    f"it takes more than {len(self.kernels)} different functions, such as exp(u), and values of them,"
+                    " such as exp(2); a simpler formula may take fewer"
+                )
             self._by_key[key] = self._next
             self.kernels[self._next] = Kernel(kind, argument, exponent)
             self._next += 1

@@ -99,7 +99,9 @@ class Roots:
         return a, b
 
     def _vanishes(self, top: Element, u: Bound) -> bool:
-        return u is not None and self.field.substituted(top, self.field.constant(u), {}).is_zero
+        if u is None or self._at(top, u) is not None:  # each expression at a number takes room for its functions
+            return False
+        return self.field.substituted(top, self.field.constant(u), {}).is_zero
 
     def _at(self, top: Element, u: Fraction | None) -> int | None:
         if u is None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halos_pl.common.messages import raised
 from halos_pl.proof.program import Node
 from halos_pl.proof.recorder import Recorded, Recorder, UntraceableError, refusals, refused
 
@@ -177,8 +178,7 @@ def _traced(v: Callable[[Tensor], Tensor], way: _Way, parameters: Mapping[str, S
         except UntraceableError:
             raise refusals[0] from None
         except Exception as error:
-            text = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-            raise (refusals[0] if refusals else refused(text, error.__traceback__)) from error
+            raise (refusals[0] if refusals else refused(raised(error, 120), error.__traceback__)) from error
     if refusals:  # and the code went on
         raise refusals[0]
     if not isinstance(out, Tensor) or out.shape != way.shape:

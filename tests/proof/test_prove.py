@@ -155,6 +155,9 @@ SOUND: dict[str, Callable[[Tensor], Tensor]] = {
     "Laplace": lambda u: torch.distributions.Laplace(0.0, 3.0, validate_args=False).cdf(u),
     "log cosh": lambda u: u - (u.abs() + F.softplus(-2 * u.abs()) - math.log(2)),
     "algebraic of order 3": lambda u: u / (1 + u.abs() ** 3) ** (1 / 3),
+    "beyond what floats contain": lambda u: torch.where(
+        u < 0, -torch.atan(torch.exp(torch.exp(-u.clamp(max=0)))), 0.1 * u - 1
+    ),
     "in float64": lambda u: torch.tanh(0.1 * u.double()).to(u.dtype),
     "Huber": lambda u: u - F.huber_loss(0.1 * u, 0 * u, reduction="none", delta=2.0),
     "smooth L1": lambda u: u - F.smooth_l1_loss(u, 0 * u, reduction="none", beta=1.5),
@@ -168,8 +171,9 @@ SOUND: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# The checker knows no rule for these: powers of u that compete with exponentials, and terms that cancel nearly.
-NOT_CERTIFIED = ("Langevin", "Student t, 3 degrees of freedom")
+# The checker knows no rule for these: powers of u that compete with exponentials, terms that cancel nearly, and numbers
+# that it cannot compute.
+NOT_CERTIFIED = ("Langevin", "Student t, 3 degrees of freedom", "beyond what floats contain")
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -274,6 +278,12 @@ def _looks(u: Tensor) -> Tensor:
     return torch.sigmoid(u) if u.max() < 3 else u
 
 
+def _uses_up_memory(u: Tensor) -> Tensor:
+    if u.numel() > 1000:
+        raise MemoryError
+    return torch.sigmoid(u)
+
+
 @pytest.mark.parametrize(
     ("v", "words"),
     [
@@ -285,6 +295,7 @@ def _looks(u: Tensor) -> Tensor:
         (Composed(lambda u: u - u.mean()), ("rows influence each other",)),
         (Composed(lambda u: u if torch.is_grad_enabled() else 2 * u), ("another function without gradients",)),
         (Counting(), ("keeps state in calls",)),
+        (Composed(_uses_up_memory), ("raises MemoryError in a batch of ",)),
         (Composed(lambda u: torch.special.i0(u)), ("test_prove.py:", "no rule for i0")),
         (Composed(lambda u: torch.sigmoid(u).sum()), ("shape",)),
     ],
