@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property
 from math import comb
@@ -16,6 +17,7 @@ from flint import Ordering, fmpq, fmpq_mpoly, fmpq_mpoly_ctx
 # Coefficients that cancel to within this share of their size are taken as equal: constants of v are floats, and this is
 # what 32 roundings of a float64 may amount to.
 TOLERANCE = fmpq(1, 2**48)
+_LONG = re.compile(r"(?=\d*/?\d{17})(\d+)(?:/(\d+))?")  # a rational that is shown as a decimal, as it is or nearly
 LARGEST_POWER, MOST_TERMS, MOST_PRODUCTS = 24, 1500, 100_000
 
 
@@ -143,6 +145,7 @@ class Element:
 
     def __str__(self) -> str:
         text = str(self.numerator) if self.denominator.is_one() else f"({self.numerator})/({self.denominator})"
+        text = _LONG.sub(lambda match: f"{Decimal(match[1]) / Decimal(match[2] or 1):.6g}", text)
         return re.sub(r"x(\d+)", lambda match: self.field.name(int(match[1])), text)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from make_parts import example, library
 from torch import Tensor, nn
 
 import value_functions
+from halos_pl.proof.field import Field
 from halos_pl.proof.prove import prove
 from halos_pl.proof.trace import trace
 from value_functions import (
@@ -304,6 +306,14 @@ def test_what_cannot_be_recorded_is_undecided_and_says_where(v, words):
     for outcome in prove(v).outcomes.values():
         assert outcome.status == "undecided"
         assert all(word in outcome.reason for word in words), outcome.reason
+
+
+def test_numbers_of_hundreds_of_digits_are_shown_as_decimals():
+    field = Field([], 8)
+    shown = str(field.u * field.constant(Fraction(1, 12345 * 10**200)) + field.constant(Fraction(1, 3)))
+    assert "e-205*u" in shown
+    assert "1/3" in shown
+    assert len(shown) < 30
 
 
 def _holds(case: Case, *claims: str) -> None:
