@@ -41,12 +41,6 @@ BUILDS: dict[str, Callable[[], ValueFunction]] = {
 }
 
 
-@pytest.fixture
-def fewer_points(monkeypatch):
-    monkeypatch.setattr(agreement, "POINTS", 600)
-    monkeypatch.setattr(agreement, "FEWER", 60)
-
-
 def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Paths of all values within a certificate."""
     for key in data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ():
@@ -124,7 +118,7 @@ def _law(name: str, draws: int) -> None:
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_every_change_of_a_certificate_is_refused_or_does_not_change_what_is_claimed(name, fewer_points):
-    _law(name, 120)
+    _law(name, 60)
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from halos_pl.cli.prove import prove
 from halos_pl.cli.verify import verify
 from halos_pl.objective.build import module_of_file
-from halos_pl.proof import agreement
 from halos_pl.proof.source import source_hash
 from value_functions import Mixture, Tanh, ValueFunction
 
@@ -29,12 +28,6 @@ def write(folder: Path, name: str, code: str, helper: str = "0.1") -> str:
     file = folder / f"{name.lower()}.py"
     file.write_text(CODE.format(name=name, code=code, helper=f"beside_{name.lower()}"))
     return f"{file}:{name}"
-
-
-@pytest.fixture
-def fewer_points(monkeypatch):
-    monkeypatch.setattr(agreement, "POINTS", 300)
-    monkeypatch.setattr(agreement, "FEWER", 30)
 
 
 def status_and_lines(command: Callable[[], None], capsys: Any) -> tuple[int, str, list[str]]:
