@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -128,32 +129,36 @@ def _beside_no_number(case: ValueFunctionCase, u: Tensor, alone: tuple[Tensor, T
 def elementwise(case: ValueFunctionCase) -> str | None:
     """The value of an outcome depends on that outcome alone, not on the other rows, the batch size or the position."""
     base = torch.cat([torch.zeros(1, dtype=torch.float64), varied_outcomes(63)])
+    every = torch.arange(len(base))
     for number_, dtype in enumerate((torch.float64, torch.float32)):
         base = base.to(dtype)
         alone = _alone(case, base)
 
-        def compare(index: Tensor, view: Function, batch: str = "") -> str | None:
-            u, expected = view(base[index]), (view(alone[0][index]), view(alone[1][index]))  # noqa: B023
-            u, *both = (x.flatten() for x in (u, *expected, *value_and_slope(case.fresh(), base[index], view)))  # noqa: B023
-            difference = difference_of(case, (both[0], both[1]), (both[2], both[3]), u)
+        def compare(places: Tensor, size: tuple[int, ...], view: Function, batch: str = "") -> str | None:
+            """v of a batch of that size, filled with the outcomes at ``places`` again and again."""
+            n = math.prod(size)
+            u, *expected = (x[places].repeat(-(-n // len(places)))[:n].view(size) for x in (base, *alone))  # noqa: B023
+            both = value_and_slope(case.fresh(), u, view)
+            u, *flat = (x.flatten() for x in (view(u), *map(view, expected), *both))
+            difference = difference_of(case, (flat[0], flat[1]), (flat[2], flat[3]), u)
             return difference and f"{difference}{batch}; the first is its value in a batch of one"
 
         # Half of the sizes in each dtype.
         for n in _within(case, SIZES[number_::2], lambda n: n):
-            if difference := compare((torch.arange(n) * (1 + n % 4) + n) % len(base), lambda u: u):
+            if difference := compare((every * (1 + n % 4) + n) % len(base), (n,), lambda u: u):
                 return difference
         # All equal, as at the start of every run, where every outcome is 0.
         for n, at in ((2, 0), (9, 0), (64, 0), (9, 5)):
-            if difference := compare(torch.full((n,), at), lambda u: u, " that are all alike"):
+            if difference := compare(every[at : at + 1], (n,), lambda u: u, " that are all alike"):
                 return difference
         drawn = drawn_sizes(240 if case.thorough else 24)
         wide = (*ROWS_AND_TOKENS[number_::2], *drawn[number_::2], *[LARGEST][1 - number_ :])
         for rows, tokens in _within(case, wide, lambda size: size[0] * size[1]):
-            index = (torch.arange(rows * tokens) * (1 + tokens % 4) + rows).view(rows, tokens) % len(base)
-            if difference := compare(index, lambda u: u, f", of shape ({rows}, {tokens})"):
+            places = (every * (1 + tokens % 4) + rows) % len(base)
+            if difference := compare(places, (rows, tokens), lambda u: u, f", of shape ({rows}, {tokens})"):
                 return difference
         for name, view in VIEWS.items():
-            if difference := compare(torch.arange(120).view(12, 10) % len(base), view, f", {name}"):
+            if difference := compare(every, (12, 10), view, f", {name}"):
                 return difference
         if difference := _beside_no_number(case, base, alone):
             return difference
