@@ -34,19 +34,19 @@ LARGEST_COTANGENT = 4.0
 _COTANGENTS = (1.0, -1.0, LARGEST_COTANGENT, -0.5, 0.25, -2.0, -1.0)
 
 
-@lru_cache(maxsize=1)
-def _cotangents() -> Tensor:
+@lru_cache(maxsize=4)
+def _cotangents(dtype: torch.dtype) -> Tensor:
     """One per row of the largest batch, in aperiodic order."""
     draw = torch.Generator().manual_seed(0)
     order = torch.randint(len(_COTANGENTS), (2 * CELLS,), generator=draw)
-    return torch.tensor(_COTANGENTS, dtype=torch.float64)[order]
+    return torch.tensor(_COTANGENTS, dtype=dtype)[order]
 
 
 def cotangents(like: Tensor) -> Tensor:
     """Signed powers of two that differ between rows, of the shape and dtype of ``like``."""
-    every, n = _cotangents(), like.numel()
+    every, n = _cotangents(like.dtype), like.numel()
     every = every if n <= len(every) else every.repeat(1 + n // len(every))
-    return every[:n].view(like.shape).to(like.dtype)
+    return every[:n].view(like.shape)
 
 
 def rows_at_once(v: Function) -> int:
@@ -79,7 +79,7 @@ def called(v: Function, u: Tensor, view: Function | None = None) -> tuple[Tensor
     """:func:`value_and_slope` with the backward pass still to come: v(u), and a function that returns dv/du."""
     view = view or (lambda tensor: tensor)
     with torch.enable_grad():
-        leaf = u.detach().clone().requires_grad_()
+        leaf = u.detach().requires_grad_()
         inputs = view(leaf.clone())  # a copy, so that only its clause reports a change in place
         shape = inputs.shape
         value = v(inputs)
@@ -95,18 +95,6 @@ def called(v: Function, u: Tensor, view: Function | None = None) -> tuple[Tensor
         return torch.zeros_like(value) if found is None else view(found.detach()) / back
 
     return value, slope
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Bounds on the effect of rounding at each point of a curve.
-
-    Attributes:
-        value, slope: float64 [n].
-    """
-
-    value: Tensor
-    slope: Tensor
 
 
 @dataclass(frozen=True)
@@ -159,24 +147,21 @@ class Curve:
         kept = self.value.isfinite() & self.slope.isfinite()
         return self if bool(kept.all()) else self.part(kept)
 
-    @cached_property
-    def noise(self) -> Noise:
-        """Rounding of float64, relative to the size of v and of what it adds up; at seams also the jump of softplus.
+    # Bounds on the effect of rounding at each point. A jump is a fault however small it is, so nothing is allowed for
+    # it but what rounding of float64 explains: of v, of what it adds up, and of the slopes that an increment is
+    # compared with; at seams also the jump of softplus.
 
-        A jump is a fault however small it is, so nothing is allowed for it but what rounding explains: of v, and of
-        the slopes that an increment is compared with.
-        """
+    @cached_property
+    def noise(self) -> Tensor:
+        """How far the values are off by rounding, utility, float64 [n]."""
         at_zero = self.value[int(torch.searchsorted(self.u, 0.0).clamp(max=len(self.u) - 1))]
-        steepest = _outward(self.slope.abs(), self.u)
         size = self.value.abs() + (self.u * self.slope).abs()
         # Near 0 intermediate results may be larger than v itself, which starts at 0: as large as 1 nat away.
         near = size[self.u.abs() <= 1]
         size = torch.maximum(size, near.max() if len(near) else size.new_zeros(()))
         gap = self.u.diff()
         gap = torch.maximum(F.pad(gap, (1, 0)), F.pad(gap, (0, 1)))
-        place = torch.searchsorted(self.sums[0].contiguous(), self.u).clamp(max=self.sums.shape[1] - 1)
-        sums = torch.maximum(self.sums[1][place], self.sums[1][(place - 1).clamp(min=0)])
-        value = 64 * EPS * size + 8 * EPS * sums + 1e-7 * self.slope.abs() * gap
+        value = 64 * EPS * size + 8 * EPS * self._summed + 1e-7 * self.slope.abs() * gap
         if self.seams.numel():
             reach = JUMP * _outward((self.value - at_zero).abs(), self.u)
             first = torch.searchsorted(self.u, self.seams[0].contiguous())
@@ -184,14 +169,28 @@ class Curve:
             steps = torch.zeros(len(self.u) + 1, dtype=torch.long)
             steps.index_add_(0, first, torch.ones_like(first)).index_add_(0, beyond, -torch.ones_like(beyond))
             value = value + reach * (steps.cumsum(0)[:-1] > 0)
-        return Noise(value, 64 * EPS * steepest + 8 * EPS * sums / self.u.abs().clamp(min=1))
+        return value
 
+    @cached_property
+    def slope_noise(self) -> Tensor:
+        """How far the slopes are off by rounding, utility per nat, float64 [n]."""
+        steepest = _outward(self.slope.abs(), self.u)
+        return 64 * EPS * steepest + 8 * EPS * self._summed / self.u.abs().clamp(min=1)
+
+    @cached_property
+    def _summed(self) -> Tensor:
+        """The size of what v rounds on the way to each point, the larger of those around it, utility, float64 [n]."""
+        place = torch.searchsorted(self.sums[0].contiguous(), self.u).clamp(max=self.sums.shape[1] - 1)
+        return torch.maximum(self.sums[1][place], self.sums[1][(place - 1).clamp(min=0)])
+
+    @cached_property
     def reflected(self) -> Curve:
-        """-v(-u): how v acts on a reflected row."""
+        """-v(-u): how v acts on a reflected row, over the same range."""
         sums = torch.stack([-self.sums[0].flip(0), self.sums[1].flip(0)])
         return Curve(-self.u.flip(0), -self.value.flip(0), self.slope.flip(0), -self.seams.flip(0), sums)
 
 
+@lru_cache(maxsize=2)
 def grid(cells: int = CELLS) -> Tensor:
     """Outcomes in nats, ascending, for both signs.
 

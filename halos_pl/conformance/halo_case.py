@@ -239,7 +239,7 @@ class HaloCase(PartCase):
         """Whether v and v~ differ by more than a constant: v' is not symmetric."""
         curve = self.value_function.curve.finite()
         near = curve.part(curve.u.abs() <= 100)
-        mirror = self.value_function.reflected.finite()
+        mirror = self.value_function.curve.reflected.finite()
         inside = slice(1, -1) if len(near.u) > 2 else slice(None)
         u = near.u[inside]
         place = torch.searchsorted(mirror.u, u).clamp(max=len(mirror.u) - 1)

@@ -59,7 +59,7 @@ def survey(v: Function, cells: int = CELLS, most: int = 400) -> Curve:
         curve = curve.with_points(more(inside.flatten()))
         sound = curve.finite()
     misfit = _misfit(sound.part(slice(None, -1)), sound.part(slice(1, None)))
-    floor = sound.noise.value
+    floor = sound.noise
     doubt = misfit / (floor[1:] + floor[:-1] + 1e-300)
     worst = doubt.topk(min(most, len(doubt))).indices
     worst = worst[doubt[worst] > 0.5]
@@ -84,7 +84,7 @@ def _extremes(curve: Curve, most: int = 1000) -> Tensor:
     before, slope, after = curve.slope[:-2], curve.slope[1:-1], curve.slope[2:]
     dip = torch.minimum(before, after) - slope
     peak = slope - torch.maximum(before, after)
-    size = torch.maximum(dip, peak) - curve.noise.slope[1:-1]
+    size = torch.maximum(dip, peak) - curve.slope_noise[1:-1]
     largest = size.topk(min(most, len(size)))
     return largest.indices[largest.values > 0] + 1
 
@@ -107,10 +107,9 @@ def falls(curve: Curve) -> tuple[float, float] | None:
     curve = curve.finite()
     if len(curve.u) < 3:
         return None
-    floor = curve.noise
     slope = _without_single_points(curve.slope)
-    drop = curve.value.diff() < -(floor.value[1:] + floor.value[:-1])
-    down = slope < -floor.slope
+    drop = curve.value.diff() < -(curve.noise[1:] + curve.noise[:-1])
+    down = slope < -curve.slope_noise
     if not bool(drop.any()) and not bool(down.any()):
         return None
     # The largest fall within one nat of the fall nearest to 0.
@@ -130,10 +129,10 @@ def bends_up(curve: Curve) -> tuple[float, float] | None:
     """Two gains u1 < u2 between which v is convex: its slope grows or v jumps; None if v is concave on gains."""
     curve = curve.finite()
     gains = curve.u > 0
-    curve, floor = curve.part(gains), curve.noise
+    value_floor, slope_floor = curve.noise[gains], curve.slope_noise[gains]
+    curve = curve.part(gains)
     if len(curve.u) < 3:
         return None
-    value_floor, slope_floor = floor.value[gains], floor.slope[gains]
     slope = _without_single_points(curve.slope)
     least = slope.cummin(0)
     growth = slope - least.values - slope_floor

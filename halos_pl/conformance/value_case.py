@@ -109,11 +109,6 @@ class ValueFunctionCase(Case):
         return [(words, v, survey(duplicate(v), min(self.cells, 20_000), most=100)) for words, v in moved]
 
     @cached_property
-    def reflected(self) -> Curve:
-        """-v(-u), which values reflected undesirable rows, over the same range."""
-        return self.curve.reflected()
-
-    @cached_property
     def grid_points(self) -> Tensor:
         """Outcomes for the other dtypes: round and odd ones, near 0 and far out."""
         size = torch.cat(

@@ -65,7 +65,7 @@ def undesirable_non_decreasing(case: ValueFunctionCase) -> str | None:
     """
 
     def witness(curve: Curve, v: ValueFunction) -> str | None:
-        place = falls(curve.reflected())
+        place = falls(curve.reflected)
         return place and _fall_in_numbers(_reflected_values(v), *place, "v~") + _MIRROR
 
     return _first(case, witness)
@@ -87,7 +87,7 @@ def undesirable_concave_on_gains(case: ValueFunctionCase) -> str | None:
     """
 
     def witness(curve: Curve, v: ValueFunction) -> str | None:
-        place = bends_up(curve.reflected())
+        place = bends_up(curve.reflected)
         return place and _bend_in_numbers(_reflected_values(v), *place, "v~") + _MIRROR
 
     return _first(case, witness)

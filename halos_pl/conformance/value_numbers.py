@@ -243,7 +243,7 @@ def _slopes_beside(v: ValueFunction, u: Tensor, value: Tensor, step: Tensor) -> 
 
 def _gradient_elsewhere(case: ValueFunctionCase, v: ValueFunction, curve: Curve) -> str | None:
     inside = curve.u.abs() <= FAR
-    slack, curve = curve.noise.value[inside], curve.part(inside)
+    slack, curve = curve.noise[inside], curve.part(inside)
     h, rise = curve.u.diff(), curve.value.diff()
     off = (rise - h * (curve.slope[1:] + curve.slope[:-1]) / 2).abs() - h * curve.slope.diff().abs()
     doubt = (off > slack[1:] + slack[:-1]).nonzero().squeeze(1)
