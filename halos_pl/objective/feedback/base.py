@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -53,12 +54,13 @@ Denominator = Literal["rows", "pairs", "tokens"]
 
 def denominator_of(rows: LogProbBatch, kind: Denominator) -> Tensor:
     """Number of rows, pairs or tokens with a loss on this rank, float scalar."""
-    counted = {
-        "rows": rows.labels.train,
-        "pairs": rows.labels.train & rows.labels.desirable,
-        "tokens": rows.mask & rows.labels.train[:, None],
+    train = rows.labels.train
+    counted: dict[str, Callable[[], Tensor]] = {
+        "rows": lambda: train,
+        "pairs": lambda: train & rows.labels.desirable,
+        "tokens": lambda: rows.mask & train[:, None],
     }
-    return counted[kind].sum().float()
+    return counted[kind]().sum().float()
 
 
 def require_pairs(feedback: Feedback, rows: LogProbBatch) -> None:

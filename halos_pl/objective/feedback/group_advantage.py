@@ -36,19 +36,17 @@ class GroupAdvantage(Feedback):
         self.only = only
 
     def forward(self, rows: LogProbBatch) -> Judgement:
-        kept = rows.labels.train.float()
-        score = rows.labels.score
-        same = (
-            rows.labels.group[:, None] == rows.labels.group[None, :]
-        ).float() * kept  # [n, n], columns of mismatched rows are 0
+        kept, score, group = rows.labels.train, rows.labels.score, rows.labels.group
+        same = ((group[:, None] == group[None, :]) & kept).float()  # [n, n], columns of mismatched rows are 0
         count = same.sum(dim=1).clamp(min=1)
         # Differences first: of equal scores, they are exactly 0.
         above = (same * (score[:, None] - score[None, :])).sum(dim=1) / count
         std = (same * (score[None, :] - (score - above)[:, None]).square()).sum(dim=1).div(count).sqrt()
         advantage = above / (std + 0.01) * kept
-        side = {"positive": advantage > 0, "negative": advantage < 0, None: rows.labels.train}[self.only]
+        below = advantage < 0
+        side = kept if self.only is None else below if self.only == "negative" else advantage > 0
         return Judgement(
-            sign=torch.where(advantage < 0, torch.ones_like(kept), -torch.ones_like(kept)),
-            weight=torch.where(side, advantage.abs(), torch.zeros_like(kept)),
+            sign=torch.where(below, torch.ones_like(advantage), -1.0),
+            weight=torch.where(side, advantage.abs(), 0.0),
             denominator=denominator_of(rows, "tokens"),
         )

@@ -39,22 +39,27 @@ class Estimate:
         """The estimate for the rows ``index`` (LongTensor [m])."""
         return replace(self, value=self.value[index]) if self.value.dim() else self
 
+    @property
+    def estimate(self) -> Tensor:
+        """The mean before clamping over the rows, nats, float32 scalar without gradient."""
+        return (self.value if self.mean is None else self.mean).detach().float().mean()
+
     def figures(self) -> dict[str, Tensor]:
         """The logged figures by name, float32 scalars without gradient."""
-        mean = self.value if self.mean is None else self.mean
+        estimate = self.estimate
         figures = {
             "standard_error": self.standard_error,
             "rows": 0.0 if self.rows is None else self.rows,
             "clamped": self.clamped,
             **self.further,
         }
-        scalars = {"estimate": mean.detach().float().mean()}
+        scalars = {"estimate": estimate}
         for name, figure in figures.items():
             # full, not as_tensor: copying a number to a device waits for it, filling does not.
             scalars[name] = (
-                figure.detach().to(mean.device, torch.float32)
+                figure.detach().to(estimate.device, torch.float32)
                 if isinstance(figure, Tensor)
-                else torch.full((), figure, dtype=torch.float32, device=mean.device)
+                else torch.full((), figure, dtype=torch.float32, device=estimate.device)
             )
         return scalars
 
@@ -111,11 +116,13 @@ class MeanOverRanks:
     def __init__(self, values: Tensor) -> None:
         values = values.detach().float()
         self._here = len(values)
-        total, self.count = sum_over_ranks(torch.stack([values.sum(), torch.full_like(values.sum(), self._here)]))
-        self.mean = total / self.count.clamp(min=1)
+        here = values.sum()
+        total, self.count = sum_over_ranks(torch.stack([here, torch.full_like(here, self._here)]))
+        some = self.count.clamp(min=1)
+        self.mean = total / some
         squares = sum_over_ranks((values - self.mean).square().sum())
         variance = squares / (self.count - 1).clamp(min=1)
-        self.standard_error = (variance / self.count.clamp(min=1)).sqrt()
+        self.standard_error = (variance / some).sqrt()
 
     @property
     def empty(self) -> bool:

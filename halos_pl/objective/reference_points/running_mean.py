@@ -75,5 +75,5 @@ class RunningMean(ReferencePoint):
             standard_error=of_step.standard_error,
             rows=float(self.count),
             clamped=of_step.clamped,
-            further={"step_estimate": of_step.figures()["estimate"]},
+            further={"step_estimate": of_step.estimate},
         )
