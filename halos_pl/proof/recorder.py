@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from halos_pl.proof import lowering
 from halos_pl.proof.algebra import NoRuleError
@@ -153,7 +152,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = _tensors((args, kwargs))
         if any(word in name for word in _RANDOM):
             raise refused(f"{name} is random")
         for x in tensors:
@@ -177,7 +176,7 @@ class Recorder(TorchDispatchMode):
             try:
                 fill = 0 if name in _INDEXED else 1  # a place that exists, and no division of whole numbers by 0
                 like = partial(_like, fill=fill)
-                out = func(*tree_map_only(Tensor, like, args), **tree_map_only(Tensor, like, kwargs))
+                out = func(*_mapped(like, args), **_mapped(like, kwargs))
             except Exception as error:
                 raise refused(f"{name}: {' '.join(str(error).split())[:120]}") from error
             if changes:
@@ -216,7 +215,7 @@ class Recorder(TorchDispatchMode):
         elif name in _MOVES:
             moved = args[0] if isinstance(args[0], list | tuple) else [args[0]]
             joined = isinstance(args[0], list | tuple)
-            others = [x for x in tree_leaves((args[1:], kwargs)) if isinstance(x, Tensor)]
+            others = _tensors((args[1:], kwargs))
             if others or (not joined and any(x.dtype != args[0].dtype for x in outs)):
                 raise refused(f"no rule for {func}")
             for x in moved:
@@ -236,7 +235,7 @@ class Recorder(TorchDispatchMode):
 
     def _lowered(self, name: str, args: Any, kwargs: Any, dtype: torch.dtype) -> Any:
         """The nodes of an operation's result, which is of a dtype."""
-        before = {x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        before = {x.dtype for x in _tensors((args, kwargs))}
         for each in (*before, dtype):
             self._require_dtype(each)
         if name in _BITWISE and {*before, dtype} != {torch.bool}:
@@ -264,7 +263,7 @@ class Recorder(TorchDispatchMode):
 
     @staticmethod
     def _indices(name: str, args: Any) -> list[Tensor]:
-        return [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor)] if name == "index" else []
+        return _tensors(args[1:]) if name == "index" else []
 
     def _require_dtype(self, dtype: torch.dtype) -> None:
         if dtype not in (*_NUMBERS, *_WHOLE, torch.bool):
@@ -286,6 +285,23 @@ class Recorder(TorchDispatchMode):
         if isinstance(args, Tensor):
             return self.nodes_of(args)
         return type(args)(map(self._lifted, args)) if isinstance(args, list | tuple) else args
+
+
+def _tensors(args: Any) -> list[Tensor]:
+    """The tensors among the arguments of an operation, which are nested in lists, tuples and dictionaries at most."""
+    if isinstance(args, Tensor):
+        return [args]
+    items = args.values() if isinstance(args, dict) else args if isinstance(args, list | tuple) else ()
+    return [x for item in items for x in _tensors(item)]
+
+
+def _mapped(function: Callable[[Tensor], Tensor], args: Any) -> Any:
+    """The arguments of an operation with other tensors."""
+    if isinstance(args, Tensor):
+        return function(args)
+    if isinstance(args, dict):
+        return {name: _mapped(function, item) for name, item in args.items()}
+    return type(args)(_mapped(function, item) for item in args) if isinstance(args, list | tuple) else args
 
 
 def _like(x: Tensor, fill: int) -> Tensor:
