@@ -23,8 +23,6 @@ def _copy(value: Any, copies: dict[int, Any]) -> Any:
         return copies[id(value)]
     if isinstance(value, nn.Module):
         return _of_module(value, copies)
-    if kind is OrderedDict and not value:  # hooks, of which a module has many, most of them empty
-        return kind()
     copy: Any
     if kind in (dict, OrderedDict):
         copy = copies[id(value)] = kind()
@@ -52,7 +50,10 @@ def _of_module(module: nn.Module, copies: dict[int, Any]) -> Any:
     state = copy.__dict__
     state.update(module.__dict__)
     for name, value in module.__dict__.items():
-        if type(value) not in _UNCHANGED:
+        kind = type(value)
+        if kind is OrderedDict and not value:  # hooks, of which a module has many, most of them empty
+            state[name] = OrderedDict()
+        elif kind not in _UNCHANGED:
             state[name] = _copy(value, copies)
     state["training"] = True
     return copy

@@ -170,16 +170,18 @@ def feedback_independent_of_theta(case: FeedbackCase) -> str | None:
         if witness := changed(kept, replace(rows, policy_logps=leaf)):
             return f"{labels(kept)}: {witness}"
         others = [rows.policy_logps * 0.5, reference, torch.zeros_like(rows.policy_logps)]
+        judged = []
+        for number_, policy in enumerate(others[: 1 if step.huge else None]):
+            # The exact KL divergence, the scalars and the routing depend on the policy, too.
+            kl = None if rows.kl is None else rows.kl * number_
+            scalar = None if rows.scalar is None else rows.scalar * number_
+            routing = rerouted(rows, step.seed + 3 + number_)
+            judged.append(case.judged(replace(rows, policy_logps=policy, kl=kl, scalar=scalar, routing=routing)))
         for name, a in one._asdict().items():
             if a.requires_grad:
                 return f"{labels(rows)}: the {name} has a gradient in the policy's log-probs"
-            for number_, policy in enumerate(others[: 1 if step.huge else None]):
-                # The exact KL divergence, the scalars and the routing depend on the policy, too.
-                kl = None if rows.kl is None else rows.kl * number_
-                scalar = None if rows.scalar is None else rows.scalar * number_
-                routing = rerouted(rows, step.seed + 3 + number_)
-                other = replace(rows, policy_logps=policy, kl=kl, scalar=scalar, routing=routing)
-                b = getattr(case.judged(other), name)
+            for policy, other in zip(others, judged, strict=False):
+                b = getattr(other, name)
                 if a.shape != b.shape or not bool(((a == b) | (a.isnan() & b.isnan())).all()):
                     return (
                         f"{labels(rows)}: {name} {listed(a)} with log-probs {listed(rows.policy_logps)},"

@@ -73,6 +73,7 @@ class HaloCase(PartCase):
         self.target = objective
         self.needs = objective.needs
         self.examples, self.thorough = examples, thorough
+        self._counts: dict[Step, bool] = {}
         # Each step calls prepare and compute_loss. The parts have been called 5,000 times by their own cases.
         self.steps = CALLS // 2 if self._has_own_code else _STEPS_OF_PARTS
         cases = {} if shared is None else shared
@@ -219,7 +220,7 @@ class HaloCase(PartCase):
 
         def fault(step: Step) -> str | None:
             rows = self.rows(step)
-            if step.huge or not self.counts(rows):
+            if step.huge or not self.counts(step):
                 return None
             (one, here), (other, there) = (with_leaf(rows, self.needs) for _ in range(2))
             right, mirrored = self.expectation(here), self.expectation(there, mirrored=True)
@@ -307,9 +308,11 @@ class HaloCase(PartCase):
             expectation,
         )
 
-    def counts(self, rows: LogProbBatch) -> bool:
+    def counts(self, step: Step) -> bool:
         """Whether any row of the step carries weight, so that the denominator is not 0."""
-        return float(self.feedback.judged(rows).denominator) > 0
+        if step not in self._counts:
+            self._counts[step] = float(self.feedback.judged(self.rows(step)).denominator) > 0
+        return self._counts[step]
 
 
 def provided(needs: Needs) -> Needs:

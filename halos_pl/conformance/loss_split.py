@@ -47,9 +47,9 @@ def _loss_and_slope(
 
 
 def _ranks(case: HaloCase, step: Step) -> str | None:
-    rows = _untied(case.rows(step))
-    if not case.counts(rows):
+    if not case.counts(step):
         return None
+    rows = _untied(case.rows(step))
     loss, slope = _loss_and_slope(case, rows, case.fresh())
 
     def on_rank(index: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -77,9 +77,9 @@ def _ranks(case: HaloCase, step: Step) -> str | None:
 
 
 def _micro_batches(case: HaloCase, step: Step) -> str | None:
-    rows = case.rows(step)
-    if not case.counts(rows):
+    if not case.counts(step):
         return None
+    rows = case.rows(step)
     parts = case.micro_batches(rows)
     loss, one = _loss_and_slope(case, rows, case.fresh())
     summed, other = _loss_and_slope(case, rows, case.fresh(), parts)

@@ -113,9 +113,9 @@ def identity(case: HaloCase) -> str | None:
                 return f"`needs` of the {name} names {of.name}, that of the loss does not: training leaves it out"
 
     def fault(step: Step) -> str | None:
-        rows = case.rows(step)
-        if not case.counts(rows):
+        if not case.counts(step):
             return None
+        rows = case.rows(step)
         loss, gradient, right, slope, expectation = case.slopes(rows, cotangent=step.cotangent)
         if witness := _wrong_slope(rows, case, gradient, slope):
             _, gradient, _, slope, _ = case.slopes(rows)
@@ -143,12 +143,13 @@ def identity(case: HaloCase) -> str | None:
         # One copy on further steps, and in evaluation; next to one whose parts are called as often.
         copies = case.fresh(), case.fresh()
         for call in range(1, 2 if step.large else 4):
-            later = case.rows(step.later(call)) if call < 3 else rows
+            later = step.later(call) if call < 3 else step
             if case.counts(later):
+                further = case.rows(later)
                 for copy in copies:
                     copy.train(call < 3)
-                _, gradient, _, slope, _ = case.slopes(later, copies, cotangent=step.cotangent)
-                witness = _wrong_slope(later, case, gradient, slope)
+                _, gradient, _, slope, _ = case.slopes(further, copies, cotangent=step.cotangent)
+                witness = _wrong_slope(further, case, gradient, slope)
                 if witness:
                     return f"{witness}, on call {call}{'' if call < 3 else ' in evaluation'}"
         return None
@@ -202,9 +203,9 @@ def one_value_function(case: HaloCase) -> str | None:
         return None
 
     def fault(step: Step) -> str | None:
-        rows = case.rows(step)
-        if not case.counts(rows):
+        if not case.counts(step):
             return None
+        rows = case.rows(step)
         _, gradient, _, slope, expectation = case.slopes(rows, cotangent=step.cotangent)
         train = rows.labels.train.nonzero().squeeze(1)
         gradient, slope = gradient[train], slope[train]
