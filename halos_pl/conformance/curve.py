@@ -37,6 +37,8 @@ _COTANGENTS = (1.0, -1.0, LARGEST_COTANGENT, -0.5, 0.25, -2.0, -1.0)
 @lru_cache(maxsize=4)
 def _cotangents(dtype: torch.dtype) -> Tensor:
     """One per row of the largest batch, in aperiodic order."""
+    if dtype != torch.float64:
+        return _cotangents(torch.float64).to(dtype)
     draw = torch.Generator().manual_seed(0)
     order = torch.randint(len(_COTANGENTS), (2 * CELLS,), generator=draw)
     return torch.tensor(_COTANGENTS, dtype=dtype)[order]
