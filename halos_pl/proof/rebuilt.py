@@ -17,8 +17,8 @@ from value_functions.ranges import Range
 
 _TRIED = (-1e4, -10.0, -1.5, -0.5, 0.0, 1e-5, 1e-3, 0.01, 0.3, 0.75, 1.0, 1.5, 3.0, 10.0, 100.0, 1e4)
 # Not round: at a quotient of round numbers there may be a jump, at which floats are on either side.
-_OUTCOMES = [Fraction(sign) * Fraction(u) for u in ("0.00109", "0.3137", "1.0093", "2.7191", "10.931", "77.17", "1009.3",
-             "100019.7") for sign in (-1, 1)]  # fmt: skip
+_OUTCOMES = [Fraction(sign) * Fraction(u) for u in ("0.00109", "0.3137", "1.0093", "2.7191", "10.931", "77.17",
+             "1009.3", "100019.7") for sign in (-1, 1)]  # fmt: skip
 _SHARE = Fraction(1, 2**20)  # a difference of large rounded constants may be inaccurate
 _LEAST = arb(2) ** -36  # of the largest value: what is below it may be left over where such constants cancel
 
