@@ -28,6 +28,7 @@ from typing import Any
 import matplotlib
 import torch
 from lightning import Callback
+from transformers import PreTrainedTokenizerBase
 
 from halos_pl.batch import LogProbBatch, Needs, TokenBatch
 from halos_pl.cli.main import main as halos
@@ -43,6 +44,7 @@ from halos_pl.objective.reference_points import (
 from halos_pl.objective.rewards import LogRatio
 from halos_pl.policy.kl import completion_kl
 from halos_pl.policy.sampling import PolicySamples
+from halos_pl.policy.scorer import Scorer
 from halos_pl.training.scored_rows import scored_rows
 
 matplotlib.use("Agg")
@@ -84,6 +86,15 @@ class Clock:
         self.seconds += time.perf_counter() - start
 
 
+def sampled_rows(
+    policy: Scorer, tokenizer: PreTrainedTokenizerBase, batch: TokenBatch, max_new_tokens: int
+) -> TokenBatch:
+    """The batch's prompts with completions sampled from the policy, as mismatched rows."""
+    rows = batch.select(batch.labels.train.nonzero().squeeze(1))
+    both = PolicySamples(policy, tokenizer, max_new_tokens)(rows)
+    return both.select(both.labels.mismatched.nonzero().squeeze(1))
+
+
 class Along(Callback):
     """Measures the estimators at some steps of a run.
 
@@ -119,11 +130,6 @@ class Along(Callback):
         part = batch.select(chosen.nonzero().squeeze(1))
         return scored_rows(module.scorer, module.models.reference, part, needs=Needs(exact_kl=kl))
 
-    def _sampled(self, module: Any, batch: TokenBatch) -> TokenBatch:
-        rows = batch.select(batch.labels.train.nonzero().squeeze(1))
-        both = PolicySamples(module.scorer, module.tokenizer, self.max_new_tokens)(rows)
-        return both.select(both.labels.mismatched.nonzero().squeeze(1))
-
     @torch.no_grad()
     def _measure(self, module: Any, step: int) -> None:
         if step not in self.steps or any(point.step == step for point in self.points):
@@ -140,7 +146,7 @@ class Along(Callback):
                 with clocks["kl"]():
                     with_kl = self._rows(module, batch, batch.labels.mismatched, kl=True)
                 with clocks["samples"]():
-                    sampled = self._sampled(module, batch)
+                    sampled = sampled_rows(module.scorer, module.tokenizer, batch, self.max_new_tokens)
                     samples = self._rows(module, sampled, sampled.labels.mismatched)
                 kl = completion_kl(module.scorer, module.models.reference, sampled).sum(dim=1)
                 oracle.append(float(kl.mean()))
