@@ -129,15 +129,14 @@ def _points(chain: Chain, count: int) -> list[float]:
 def _agree(chain: Chain, v: nn.Module, parameters: Mapping[str, Fraction], count: int) -> None:
     curve, us = _Curve(chain, [*parameters.values()]), _points(chain, count)
     found = [(u, curve.at(u)) for u in us]
-    expected, largest = (
-        dict[float, tuple[arb, arb]](),
-        greatest([size for u, x in found if abs(u) <= 1 for _, size in x]),
-    )
+    near, expected = greatest([size for u, x in found if abs(u) <= 1 for _, size in x]), dict[float, tuple[arb, arb]]()
+    largest = {side: near for side in (-1, 0, 1)}  # on gains and on losses: those of one say nothing about the other
     for u, x in found:
-        largest = greatest([largest, *(size for _, size in x)])
-        if not all(value.rad() <= _WIDEST * largest for value, _ in x):
+        side = (u > 0) - (u < 0)
+        largest[side] = greatest([largest[side], *(size for _, size in x)])
+        if not all(value.rad() <= _WIDEST * largest[side] for value, _ in x):
             raise RefusedError(f"v({u:.17g}) cannot be computed from its expression")
-        error = _ERROR * largest
+        error = _ERROR * greatest([largest[side], near * abs(u)])  # such as of 3 u - 3 (u - 7)
         expected[u] = min(value.lower() for value, _ in x) - error, greatest([value for value, _ in x]) + error
     where = "".join(f", {name} = {float(value):.6g}" for name, value in parameters.items())
     for u, value in _values(v, us):
