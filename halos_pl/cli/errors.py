@@ -110,8 +110,7 @@ def reported() -> Iterator[None]:
     for noise in NOISE:
         warnings.filterwarnings("ignore", noise)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_shown)
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).addFilter(_not_of_import)
+    quiet_imports()
     if warnings.formatwarning is not _warning:
         _FORMAT.append(warnings.formatwarning)
         warnings.formatwarning = _warning
@@ -140,6 +139,12 @@ def reported() -> Iterator[None]:
             " options; please report it with these lines"
         )
         raise
+
+
+def quiet_imports() -> None:
+    """Hides log lines that importing torchao always causes."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).addFilter(_not_of_import)
 
 
 _FORMAT: list[Callable[..., str]] = []  # the formatter that was replaced

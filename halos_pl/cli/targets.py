@@ -24,8 +24,9 @@ def loaded(target: str, init_args: str | None, command: str) -> Target:
         command: the command, for errors.
 
     Raises:
-        TargetError: there is none; the message is one line.
+        TargetError: there is none, or its file has a key that no fit takes; the message is one line.
     """
+    from halos_pl.cli.objective_file import refuse_as_fit
     from halos_pl.common.experiments import PresetError, config_file, objectives
     from halos_pl.common.own_plugins import OwnPluginError, import_own
     from halos_pl.conformance.target import KINDS, TargetError, load_target
@@ -38,7 +39,9 @@ def loaded(target: str, init_args: str | None, command: str) -> Target:
             import_own(target, KINDS)
     except (PresetError, OwnPluginError) as error:
         raise TargetError(str(error)) from error
-    return load_target(path, init_args)
+    found = load_target(path, init_args)
+    refuse_as_fit(path)
+    return found
 
 
 def value_function_of(target: str, init_args: str | None, command: str) -> ValueFunction:
