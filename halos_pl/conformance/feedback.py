@@ -266,7 +266,7 @@ def _other_layouts(case: FeedbackCase, step: Step) -> str | None:
         (place.flip(0), rows.select(place.flip(0)), "in the opposite order"),
         (order, rows.select(order), f"in the order {[i + 1 for i in order.tolist()][:12]}"),
         *((place, padded(rows, n), f"with {n} more columns of padding") for n in paddings(step)),
-        (place, renumbered(rows), "with other numbers of the prompts"),
+        (place, renumbered(rows, step), "with other numbers of the prompts"),
     )[: 1 if step.huge else None]:
         judged = case.judged(layout)
         if witness := _differs(whole, judged, index, judged.denominator):

@@ -13,7 +13,7 @@ from torch import Tensor
 from halos_pl.batch import LogProbBatch
 from halos_pl.conformance.halo_case import RELATIVE, HaloCase
 from halos_pl.conformance.ranks import Ranks, namespaces
-from halos_pl.conformance.steps import Step, gradient_of, padded, paddings, shares, with_leaf
+from halos_pl.conformance.steps import Step, gradient_of, padded, paddings, renumbered, shares, with_leaf
 from halos_pl.conformance.witness import pair
 from halos_pl.objective.halo import HALO
 
@@ -91,10 +91,11 @@ def _micro_batches(case: HaloCase, step: Step) -> str | None:
         i = int(off.argmax())
         a, b = pair(float(one.flatten()[i]), float(other.flatten()[i]))
         return f"slope {a} of the loss of all rows at once, {b} in {len(parts)} micro-batches"
-    for columns in () if step.large else paddings(step):
+    layouts = [(padded(rows, columns), f"{columns} more columns of padding") for columns in paddings(step)]
+    for layout, where in () if step.large else (*layouts, (renumbered(rows, step), "other numbers of the prompts")):
         with torch.no_grad():
-            wide = float(case.loss(case.fresh(), padded(rows, columns)))
-        if not abs(wide - float(loss)) <= RELATIVE * (abs(wide) + float(loss.abs())) + 1e-9:
-            a, b = pair(float(loss), wide)
-            return f"loss {a}, {b} with {columns} more columns of padding"
+            other_loss = float(case.loss(case.fresh(), layout))
+        if not abs(other_loss - float(loss)) <= RELATIVE * (abs(other_loss) + float(loss.abs())) + 1e-9:
+            a, b = pair(float(loss), other_loss)
+            return f"loss {a}, {b} with {where}"
     return None

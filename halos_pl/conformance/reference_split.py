@@ -81,7 +81,7 @@ def _layouts(case: ReferencePointCase, step: Step) -> str | None:
     z0 = case.estimates(rewards, rows, once=step.huge)
     for layout, where in (
         *((padded(rows, n), f"with {n} more columns of padding") for n in paddings(step)),
-        (renumbered(rows), "with other numbers of the prompts"),
+        (renumbered(rows, step), "with other numbers of the prompts"),
     )[: 1 if step.huge else None]:
         wrong = first_difference(z0, case.estimates(rewards, layout, once=step.huge), rewards, rows)
         if wrong:

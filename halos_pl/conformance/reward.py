@@ -219,7 +219,7 @@ def reward_of_its_row(case: RewardCase) -> str | None:
     def fault(step: Step) -> str | None:
         rows = case.rows(step)
         r = case.called(case.fresh(), rows)
-        for other, where in _relabelled(rows, case.needs):
+        for other, where in _relabelled(rows, step, case.needs):
             witness = _differs(r, case.called(case.fresh(), other))
             if witness:
                 return f"{witness} {where}"
@@ -251,7 +251,7 @@ def reward_of_its_row(case: RewardCase) -> str | None:
     return witness or ((elsewhere := case.changes()) and f"reward {elsewhere}")
 
 
-def _relabelled(rows: LogProbBatch, needs: Needs) -> Iterator[tuple[LogProbBatch, str]]:
+def _relabelled(rows: LogProbBatch, step: Step, needs: Needs) -> Iterator[tuple[LogProbBatch, str]]:
     """The rows with other labels but the same tokens and log-probs, and the difference in words."""
     labels = rows.labels
     same, unpaired = torch.zeros_like(labels.group), torch.full_like(labels.pair, -1)
@@ -260,7 +260,7 @@ def _relabelled(rows: LogProbBatch, needs: Needs) -> Iterator[tuple[LogProbBatch
         ({"score": 1000.0 - 3 * torch.arange(len(rows)).to(labels.score)}, "with another score"),
         ({"score": same.to(labels.score)}, "if all scores are the same"),
         ({"mismatched": torch.ones_like(labels.mismatched), "pair": unpaired}, "if it is mismatched"),
-        ({"group": renumbered(rows).labels.group}, "whose prompt has another number"),
+        ({"group": renumbered(rows, step).labels.group}, "whose prompt has another number"),
         ({"group": same}, "if all rows answer the same prompt"),
     ]
     if not needs.pairs:

@@ -266,9 +266,16 @@ def paddings(step: Step) -> tuple[int, ...]:
     return (1, 4, 90) if step.large or step.units > 3 else (1, 90, WIDEST - step.tokens)
 
 
-def renumbered(rows: LogProbBatch) -> LogProbBatch:
-    """The same rows with other, larger numbers for their prompts, in the opposite order."""
-    return replace(rows, labels=replace(rows.labels, group=10_007 - 7 * rows.labels.group))
+# Prompts are numbered throughout the data, and the copies of one far apart. Neighbours differ by what float32, int16, an
+# int32 times the number of rows, an int32 and a table by remainder lose.
+_NUMBERS = torch.tensor([2**24, 1, 2**16, 2**20, 2**32, 10**6 * 2**20]).cumsum(0)
+
+
+def renumbered(rows: LogProbBatch, step: Step) -> LogProbBatch:
+    """The same rows with other numbers for their prompts, up to 2**41, in about the opposite order."""
+    place = step.seed % len(_NUMBERS) + rows.labels.group.max() - rows.labels.group if len(rows) else rows.labels.group
+    group = _NUMBERS[place % len(_NUMBERS)] + 7 * (place // len(_NUMBERS))
+    return replace(rows, labels=replace(rows.labels, group=group))
 
 
 # Simplest values first: Hypothesis shrinks towards them.

@@ -9,6 +9,7 @@ from random import Random
 import objective_mutants
 import part_families
 import part_mutants
+import run_families
 import step_families
 import value_call_mutants
 import value_mutants
@@ -31,6 +32,7 @@ MUTANTS: list[Mutant] = [
     *part_families.MUTANTS,
     *objective_mutants.MUTANTS,
     *step_families.MUTANTS,
+    *run_families.MUTANTS,
 ]
 
 
