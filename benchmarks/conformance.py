@@ -235,7 +235,7 @@ def main(words: list[str] | None = None) -> None:
     memory = size_of(options.memory)
     if not (options.timeout > 0 and options.seeds > 0 and memory):
         parser.error("--timeout and --seeds must be above 0, and --memory a size such as 4GB")
-    with Child(answer, timeout=options.timeout, memory=memory) as child:
+    with Child(answer, timeout=options.timeout, memory=memory, anew=True) as child:
         try:
             files = options.files or [META / "process_targets.py"]
             targets = [] if options.files else list(of_meta(options.seeds))

@@ -125,6 +125,13 @@ def answer(question: Any) -> Any:
     return [question, os.getpid(), os.getppid()]
 
 
+def test_a_child_for_each_question_sees_nothing_of_the_others():
+    with Child(answer, timeout=30, memory=8e9, anew=True) as child:
+        first, second = child.ask("a"), child.ask("b")
+        assert ("a", "b") == (first[0], second[0])
+        assert len({first[1], second[1], os.getpid()}) == 3
+
+
 def test_one_child_answers_many_questions_and_is_replaced_when_it_has_died():
     with Child(answer, timeout=30, memory=8e9) as child:
         first, second = child.ask("a"), child.ask("b")

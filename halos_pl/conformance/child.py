@@ -34,10 +34,11 @@ class Child:
         work: answers a question, in the child; both are plain data that JSON can contain.
         timeout: seconds that an answer may take; on Linux, those in which the child waits for a core do not count.
         memory: memory that the child may allocate, in bytes (Linux only); processes that it starts, as much each.
+        anew: whether each question gets a new process, so that no answer depends on settings that another left behind.
     """
 
-    def __init__(self, work: Callable[[Any], Any], *, timeout: float, memory: float) -> None:
-        self.work, self.timeout, self.memory = work, timeout, memory
+    def __init__(self, work: Callable[[Any], Any], *, timeout: float, memory: float, anew: bool = False) -> None:
+        self.work, self.timeout, self.memory, self.anew = work, timeout, memory, anew
         self._process: Any = None
         self._questions: Connection | None = None
         self._answers, self._mark = -1, ""
@@ -56,6 +57,8 @@ class Child:
                 expects; the message completes "could not be checked: ".
             TargetError: the question itself is wrong; the message is that of ``work``.
         """
+        if self.anew:
+            self._stop()
         questions = self._questions or self._start()
         try:
             with suppress(OSError):  # it has ended since its last answer
@@ -122,6 +125,8 @@ class Child:
         """Ends the child and what it has started; how it ended by itself, in words."""
         if self._process is None:
             return ""
+        if self._questions is not None:
+            self._questions.close()  # which a child that waits for a question takes for the end
         # not join(): it would take what the target writes to its descriptors for the end
         end = time.monotonic() + 0.5
         while self._process.exitcode is None and time.monotonic() < end:
@@ -136,7 +141,6 @@ class Child:
                 if f"{_MARK}={self._mark}".encode() in environment.read_bytes():
                     os.kill(int(environment.parent.name), signal.SIGKILL)
         if self._questions is not None:
-            self._questions.close()
             os.close(self._answers)
         self._process = self._questions = None
         if code is None:
