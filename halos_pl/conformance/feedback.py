@@ -43,6 +43,7 @@ class FeedbackCase(PartCase):
     """
 
     target: Feedback
+    has_slope = False
 
     def __init__(self, feedback: Feedback, *, needs: Needs | None = None, examples: int = 60) -> None:
         super().__init__(feedback, CLAUSES)

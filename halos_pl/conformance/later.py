@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halos_pl.batch import Labels, LogProbBatch, Routing
+from halos_pl.batch import Labels, LogProbBatch, Needs, Routing
+from halos_pl.conformance.backward import runs_code_backwards
 from halos_pl.conformance.clause import Case, Clause, Law
 from halos_pl.conformance.devices import DEVICE, on_another_device
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.states import STATES, copies, pushed
+from halos_pl.conformance.steps import with_leaf, with_outputs
+from halos_pl.conformance.switches import multiplies_matrices
 from halos_pl.conformance.witness import pair
 
 CALLS = 5000
@@ -43,10 +46,12 @@ class PartCase(Case):
     Attributes:
         target: the part.
         steps: number of calls after which the part is checked again.
+        has_slope: whether training calls the part with outputs of the policy that have a gradient.
     """
 
     target: Any
     steps = CALLS
+    has_slope = True
 
     def called(self, part: nn.Module, rows: LogProbBatch) -> Tensor:
         """What a part returns for the rows, as one tensor."""
@@ -65,6 +70,10 @@ class PartCase(Case):
         """Rows of a small step."""
         return self.drawn(1)
 
+    def as_trained(self, rows: LogProbBatch) -> tuple[Tensor | None, LogProbBatch]:
+        """The leaf with the policy's outputs, None if these have no gradient, and the rows with them."""
+        return with_leaf(rows, Needs(scalar=rows.scalar is not None)) if self.has_slope else (None, rows)
+
     def repeated(self, rows: LogProbBatch) -> Callable[[Any], Tensor]:
         """``called`` for the same rows, many times."""
         return lambda part: self.called(part, rows)
@@ -79,16 +88,28 @@ class PartCase(Case):
 
     @cached_property
     def worn(self) -> tuple[str | None, nn.Module]:
-        """The part after many calls with the same rows, and the witness of a call that gave another result."""
-        part, call_of = duplicate(self.target), self.repeated(self.small)
-        with torch.no_grad():
+        """The part after many calls with the same rows, and the witness of a call that gave another result or slope.
+
+        Each call has a backward pass if that runs code of the part, else one in ten.
+        """
+        part, (leaf, rows) = duplicate(self.target), self.as_trained(self.small)
+        call_of = self.repeated(rows)
+        every = _CALLS_OF_AN_EPOCH
+        if leaf is not None and runs_code_backwards(
+            lambda outputs: self.called(duplicate(self.target), with_outputs(rows, outputs)), leaf
+        ):
+            every = 1
+        with torch.set_grad_enabled(leaf is not None):
             first = call_of(part)
+            slope, first = _slope(first, leaf), first.detach()
             for call in range(2, self.steps + 1):
                 if call % _CALLS_OF_AN_EPOCH == 0:
                     part.eval().train()
                 result = call_of(part)
                 if not self.alike(first, result):
                     return f"{_off(first, result)} on call {call}", part
+                if call % every == 0 and not self.alike(slope, later := _slope(result, leaf)):
+                    return f"slope {_off(slope, later)} in a log-prob, on call {call}", part
         return None, part
 
     @property
@@ -128,14 +149,21 @@ class PartCase(Case):
 
     def _elsewhere(self) -> Iterator[tuple[str, Tensor, Tensor, float]]:
         """States in words, what the part returns, and returns in each, and the relative difference that is allowed."""
-        rows, other = self.small, self.drawn(2)
-        first = self.called(duplicate(self.target), rows).detach()
+        other, (leaf, rows) = self.drawn(2), self.as_trained(self.small)
+        first = self.called(duplicate(self.target), rows)
+        slope, first = _slope(first, leaf), first.detach()
+        if leaf is not None:
+            yield "if its input has no gradient", first, self.called(duplicate(self.target), self.small), 1e-5
+        rounded = _ROUNDED if multiplies_matrices(lambda: self.called(duplicate(self.target), rows)) else 0.0
         for state in STATES:
-            part = duplicate(self.target)
+            part, slack = duplicate(self.target), max(1e-5, state.constants, rounded * state.rounds)
             self.called(part, rows)  # a running mean has a value in evaluation only after a step
             with state.entered(part):
-                result = self.called(part, rows).detach().clone()
-            yield state.name, first, result, _ROUNDED if state.rounds else max(1e-5, state.constants)
+                result = self.called(part, rows)
+                later = _slope(result, leaf) if leaf is not None and state.gradient else None
+            yield state.name, first, result.detach().clone(), slack
+            if later is not None:
+                yield f"for its slope in a log-prob, {state.name}", slope, later, slack
         used = duplicate(self.target)
         for step in (rows, other):
             self.called(used, step)
@@ -152,9 +180,18 @@ class PartCase(Case):
         return witness and f"on another device, {witness}"
 
 
+def _slope(value: Tensor, leaf: Tensor | None) -> Tensor:
+    """The gradient of the sum of ``value``; zeros if it has none, and no numbers without a leaf."""
+    if leaf is None or not value.requires_grad:
+        return value.new_zeros(0 if leaf is None else leaf.shape)
+    (slope,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(leaf) if slope is None else slope
+
+
 def _off(first: Tensor, later: Tensor) -> str:
     if first.shape != later.shape:
         return f"shape {tuple(first.shape)}, {tuple(later.shape)}"
+    first, later = first.detach(), later.detach()
     place = int((first.double() - later.double()).abs().nan_to_num(nan=torch.inf).argmax())
     return "{}, {}".format(*pair(float(first.flatten()[place]), float(later.flatten()[place])))
 

@@ -121,15 +121,14 @@ def identity(case: HaloCase) -> str | None:
             _, gradient, _, slope, _ = case.slopes(rows)
             scaled = _wrong_slope(rows, case, gradient, slope) is None
             return f"{witness}, if the loss is multiplied by {step.cotangent:g}" if scaled else witness
-        with torch.no_grad():
-            at_once = float(case.fresh()(rows).loss)
+        at_once = float(case.fresh()(with_leaf(rows, case.needs)[1]).loss.detach())
         if not abs(at_once - float(loss)) <= RELATIVE * expectation.size + 1e-9:
             return "loss {} by compute_loss, which training calls, {} by forward".format(*pair(float(loss), at_once))
         for factor in (0.5,) if step.huge else (0.5, 2.0):
             scalar = None if rows.scalar is None else rows.scalar * factor
-            moved = replace(rows, policy_logps=rows.policy_logps * factor, scalar=scalar)
+            _, moved = with_leaf(replace(rows, policy_logps=rows.policy_logps * factor, scalar=scalar), case.needs)
             there, right_there = case.losses(moved, moved, (case.fresh(), case.fresh()))
-            change, right_change = float(there - loss), float(right_there.loss - right)
+            change, right_change = float(there.detach() - loss), float(right_there.loss.detach() - right)
             if not abs(change - right_change) <= RELATIVE * (expectation.size + right_there.size) + 1e-9:
                 a, b = pair(change, right_change)
                 return f"{_scores(rows, case)} times {factor}: the loss changes by {a}, sum w a v by {b}"

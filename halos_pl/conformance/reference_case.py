@@ -58,6 +58,7 @@ class ReferencePointCase(PartCase):
         self._asked, self._shown = needs, needs or reference_point.needs
         self.examples = examples
         self.clamped = False
+        self.has_slope = reference_point.scope == "row"
 
     def smallest(self, fault: Callable[[Step], str | None], examples: int | None = None) -> str | None:
         """The witness of the smallest faulty step, else None."""
@@ -217,7 +218,10 @@ class ReferencePointCase(PartCase):
 
 
 def _rising(rows: LogProbBatch) -> Tensor:
-    return 1 + 0.3 * torch.arange(len(rows)).to(rows.policy_logps)
+    """Rewards of 1, 1.3, 1.6, ... nats, [n], with the gradient of a sum of the policy's outputs if these have one."""
+    rising = 1 + 0.3 * torch.arange(len(rows)).to(rows.policy_logps)
+    outputs = rows.policy_logps.sum(dim=1) if rows.scalar is None else rows.scalar
+    return rising + (outputs - outputs.detach()) if outputs.requires_grad else rising
 
 
 def first_difference(one: Tensor, other: Tensor, rewards: Tensor, rows: LogProbBatch) -> tuple[str, str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from halos_pl.conformance.rounding import Function
 
 _COMPARISONS = {"gt", "lt", "ge", "le", "eq", "ne"}
 _BOUNDS = {"clamp", "clamp_min", "clamp_max", "hardtanh", "relu", "threshold", "leaky_relu", "elu", "celu"}
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "convolution", "linear"}
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "convolution", "linear", "mkldnn_rnn_layer"}
 _STEPS = {"sign", "sgn", "floor", "ceil", "round", "trunc"}
 
 
@@ -55,7 +56,7 @@ class Switches(TorchDispatchMode):
         name = name.rstrip("_")
         if isinstance(out, Tensor) and out.is_floating_point():
             self.operations += 1
-        self.products |= name in _PRODUCTS
+        self.products |= name in _PRODUCTS or "attention" in name
         operand = before if before is not None else (args[0] if args else None)
         if name == "softplus" and isinstance(operand, Tensor):
             beta, threshold = (float(x) for x in (*args[1:], *(1, 20)[len(args) - 1 :]))
@@ -97,11 +98,11 @@ def operations(v: Function) -> int:
     return mode.operations
 
 
-def multiplies_matrices(v: Function) -> bool:
-    """Whether v multiplies matrices, which autocast rounds."""
+def multiplies_matrices(call: Callable[[], Any]) -> bool:
+    """Whether a call multiplies matrices, which autocast rounds."""
     mode = Switches(-1)
     with torch.no_grad(), mode:
-        v(torch.tensor([0.5, -0.5]))
+        call()
     return mode.products
 
 

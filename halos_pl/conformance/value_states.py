@@ -157,7 +157,11 @@ def _in_each_state(case: ValueFunctionCase, dtype: torch.dtype) -> str | None:
 
 def _rounding(case: ValueFunctionCase, state: State) -> float | None:
     """The rounding error of one operation in the state, if it is another than outside of it."""
-    return torch.finfo(torch.bfloat16).eps if state.rounds and multiplies_matrices(case.fresh()) else None
+    return torch.finfo(torch.bfloat16).eps if state.rounds and _multiplies_matrices(case) else None
+
+
+def _multiplies_matrices(case: ValueFunctionCase) -> bool:
+    return multiplies_matrices(lambda: case.fresh()(torch.tensor([0.5, -0.5])))
 
 
 def _of_copies(case: ValueFunctionCase, dtype: torch.dtype) -> str | None:
