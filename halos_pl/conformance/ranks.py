@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,11 +36,38 @@ def namespaces(module: nn.Module) -> list[dict[str, Any]]:
     return list(spaces.values())
 
 
+class _Environment(MutableMapping[str, str]):
+    """The environment, with variables that the thread of a rank sees otherwise."""
+
+    def __init__(self, everyone: MutableMapping[str, str], of_rank: Callable[[], dict[str, str]]) -> None:
+        self.everyone, self.of_rank = everyone, of_rank
+
+    def __getitem__(self, name: str) -> str:
+        own = self.of_rank()
+        return own[name] if name in own else self.everyone[name]
+
+    def __setitem__(self, name: str, value: str) -> None:
+        self.everyone[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.everyone[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.everyone, **self.of_rank()})
+
+    def __len__(self) -> int:
+        return len({**self.everyone, **self.of_rank()})
+
+    def copy(self) -> dict[str, str]:
+        return dict(self)
+
+
 class Ranks:
     """Ranks as threads of this process, which meet at each collective operation.
 
     They replace torch.distributed itself while they run, so that it does not matter whether a plug-in calls it
-    directly or through ``halos_pl.distributed``. A real process group would take seconds to start.
+    directly or through ``halos_pl.distributed``. A real process group would take seconds to start. In ``os.environ``, a
+    rank finds what torchrun and SLURM tell it.
     """
 
     def __init__(self, count: int = 2) -> None:
@@ -100,9 +128,20 @@ class Ranks:
     def gather_with_gradient(self, tensor: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         return tuple(self.exchange(tensor))
 
+    def variables(self) -> dict[str, str]:
+        """The variables of this thread's rank by which launchers tell it about the others; none for other threads."""
+        rank = getattr(self.local, "rank", None)
+        if rank is None:
+            return {}
+        sizes = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")
+        numbers = ("RANK", "LOCAL_RANK", "ROLE_RANK", "SLURM_PROCID", "SLURM_LOCALID")
+        of_node = {"GROUP_RANK": "0", "NODE_RANK": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}
+        return dict.fromkeys(sizes, str(self.count)) | dict.fromkeys(numbers, str(rank)) | of_node | address
+
     @contextmanager
     def in_place_of_torch(self, namespaces: Sequence[dict[str, Any]] = ()) -> Iterator[None]:
-        """Replaces torch.distributed by these ranks, also under names imported from it into ``namespaces``."""
+        """Replaces torch.distributed and os.environ by those of these ranks, also under names in ``namespaces``."""
         stand_ins: dict[str, Any] = {
             "is_available": lambda: True,
             "is_initialized": lambda: True,
@@ -118,10 +157,12 @@ class Ranks:
             "barrier": lambda *a, **k: self.exchange(None),
             "nn.functional.all_gather": self.gather_with_gradient,
         }
+        stand_ins = {f"torch.distributed.{path}": stand_in for path, stand_in in stand_ins.items()}
+        stand_ins["os.environ"] = _Environment(os.environ, self.variables)
         replaced: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for path, stand_in in stand_ins.items():
-                home, _, name = f"torch.distributed.{path}".rpartition(".")
+                home, _, name = path.rpartition(".")
                 names = vars(importlib.import_module(home))
                 if name not in names:  # absent from this version of torch
                     continue

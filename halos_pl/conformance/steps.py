@@ -199,12 +199,19 @@ def with_leaf(rows: LogProbBatch, needs: Needs) -> tuple[torch.Tensor, LogProbBa
     Returns:
         The log-probs [n, T], or, if the objective needs scalars, [n, T + 1] with the scalars in the last column.
     """
-    if not needs.scalar:
-        leaf = rows.policy_logps.detach().clone().requires_grad_()
-        return leaf, replace(rows, policy_logps=leaf)
-    assert rows.scalar is not None
-    leaf = torch.cat([rows.policy_logps, rows.scalar[:, None]], dim=1).detach().requires_grad_()
-    return leaf, replace(rows, policy_logps=leaf[:, :-1], scalar=leaf[:, -1])
+    outputs = rows.policy_logps.detach().clone()
+    if needs.scalar:
+        assert rows.scalar is not None
+        outputs = torch.cat([outputs, rows.scalar.detach()[:, None]], dim=1)
+    leaf = outputs.requires_grad_()
+    return leaf, with_outputs(rows, leaf)
+
+
+def with_outputs(rows: LogProbBatch, outputs: torch.Tensor) -> LogProbBatch:
+    """The rows with other outputs of the policy, laid out as the leaf of :func:`with_leaf`."""
+    if outputs.shape == rows.policy_logps.shape:
+        return replace(rows, policy_logps=outputs)
+    return replace(rows, policy_logps=outputs[:, :-1], scalar=outputs[:, -1])
 
 
 def gradient_of(loss: torch.Tensor, leaf: torch.Tensor, cotangent: float = 1.0) -> torch.Tensor:
@@ -262,8 +269,14 @@ def padded(rows: LogProbBatch, columns: int) -> LogProbBatch:
 
 
 def paddings(step: Step) -> tuple[int, ...]:
-    """By how many columns the rows of a step are padded: few, many and, for few and short rows, up to 8,192 tokens."""
-    return (1, 4, 90) if step.large or step.units > 3 else (1, 90, WIDEST - step.tokens)
+    """By how many columns the rows of a step are padded: one, a drawn number and, for few and short rows, up to 8,192.
+
+    No step has more than 2**20 tokens.
+    """
+    small = not step.large and step.units <= 3
+    most = (WIDEST if small else min(WIDEST, 2**18 // step.units)) - step.tokens
+    drawn = int(64 * (most / 64) ** Random(step.seed).random()) if most > 64 else most
+    return (1, 4, max(1, drawn)) if not small else (1, drawn, most)
 
 
 # Prompts are numbered throughout the data, and the copies of one far apart. Neighbours differ by what float32, int16, an
@@ -310,14 +323,14 @@ def fitted_to(step: Step, needs: Needs, mismatched: bool | None) -> Step:
 
 WIDEST = 8192  # tokens of a batch
 # Each is large in one way: many rows, prompts with many rows, far log-ratios, long completions. Odd numbers of rows
-# show what only works in even ones. No step has more than 2**20 tokens.
+# show what only works in even ones, and widths with a last block of one column what loses it. No step has more than 2**20 tokens.
 LARGE = (
     Step(units=300, tokens=1),
     Step(units=65, tokens=20, of_prompt=64, scores="far", holes=True),
     Step(units=40, tokens=2, scale=10.0, classes="undesirable", scores="extreme"),
     Step(units=33, tokens=3, of_prompt=32, alone=True, classes="desirable"),
-    Step(units=6, tokens=130, scale=100.0, scores="extreme", holes=True),
-    Step(units=4, tokens=1100),
+    Step(units=6, tokens=513, scale=100.0, scores="extreme", holes=True),
+    Step(units=4, tokens=1025),
     Step(units=3, tokens=WIDEST),
     Step(units=9, tokens=7, rewards="start"),
     Step(units=129, tokens=2, rewards="skewed", of_prompt=6),
