@@ -128,7 +128,7 @@ def answer(question: Any) -> Any:
 def test_a_child_for_each_question_sees_nothing_of_the_others():
     with Child(answer, timeout=30, memory=8e9, anew=True) as child:
         first, second = child.ask("a"), child.ask("b")
-        assert ("a", "b") == (first[0], second[0])
+        assert (first[0], second[0]) == ("a", "b")
         assert len({first[1], second[1], os.getpid()}) == 3
 
 

@@ -279,8 +279,8 @@ def paddings(step: Step) -> tuple[int, ...]:
     return (1, 4, max(1, drawn)) if not small else (1, drawn, most)
 
 
-# Prompts are numbered throughout the data, and the copies of one far apart. Neighbours differ by what float32, int16, an
-# int32 times the number of rows, an int32 and a table by remainder lose.
+# Prompts are numbered throughout the data, and the copies of one far apart. Neighbours differ by what float32, int16,
+# an int32 times the number of rows, an int32 and a table by remainder lose.
 _NUMBERS = torch.tensor([2**24, 1, 2**16, 2**20, 2**32, 10**6 * 2**20]).cumsum(0)
 
 
@@ -323,7 +323,8 @@ def fitted_to(step: Step, needs: Needs, mismatched: bool | None) -> Step:
 
 WIDEST = 8192  # tokens of a batch
 # Each is large in one way: many rows, prompts with many rows, far log-ratios, long completions. Odd numbers of rows
-# show what only works in even ones, and widths with a last block of one column what loses it. No step has more than 2**20 tokens.
+# show what only works in even ones, and widths of 2**n + 1 what loses a last block of one column. No step has more than
+# 2**20 tokens.
 LARGE = (
     Step(units=300, tokens=1),
     Step(units=65, tokens=20, of_prompt=64, scores="far", holes=True),

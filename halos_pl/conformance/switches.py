@@ -13,7 +13,7 @@ from halos_pl.conformance.rounding import Function
 
 _COMPARISONS = {"gt", "lt", "ge", "le", "eq", "ne"}
 _BOUNDS = {"clamp", "clamp_min", "clamp_max", "hardtanh", "relu", "threshold", "leaky_relu", "elu", "celu"}
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "convolution", "linear", "mkldnn_rnn_layer"}
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "convolution", "linear"}
 _STEPS = {"sign", "sgn", "floor", "ceil", "round", "trunc"}
 
 
@@ -56,7 +56,7 @@ class Switches(TorchDispatchMode):
         name = name.rstrip("_")
         if isinstance(out, Tensor) and out.is_floating_point():
             self.operations += 1
-        self.products |= name in _PRODUCTS or "attention" in name
+        self.products |= name in _PRODUCTS or "attention" in name or "rnn" in name
         operand = before if before is not None else (args[0] if args else None)
         if name == "softplus" and isinstance(operand, Tensor):
             beta, threshold = (float(x) for x in (*args[1:], *(1, 20)[len(args) - 1 :]))
