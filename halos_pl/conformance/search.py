@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from halos_pl.conformance.curve import CELLS, END, Curve, grid, rows_at_once
+from halos_pl.conformance.curve import CELLS, END, EPS, Curve, grid, rows_at_once
 from halos_pl.conformance.rounding import Function, sums
 from halos_pl.conformance.switches import breakpoints
 
@@ -93,13 +93,19 @@ def _where(condition: Tensor, a: Curve, b: Curve) -> Curve:
     return replace(a, **{k: torch.where(condition, getattr(a, k), getattr(b, k)) for k in ("u", "value", "slope")})
 
 
-def _without_single_points(slope: Tensor) -> Tensor:
-    """Median of three: autograd may return anything for a point that lies on a kink."""
-    if len(slope) < 3:
-        return slope
-    a, b, c = slope[:-2], slope[1:-1], slope[2:]
-    inner = torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
-    return torch.cat([slope[:1], inner, slope[-1:]])
+def _without_single_points(curve: Curve) -> Tensor:
+    """The slopes without those at single outcomes, which autograd may choose at a kink.
+
+    Outcomes a few roundings apart are one: beside a kink, v may round them to the kink itself.
+    """
+    apart = curve.u.diff() > 8 * EPS * curve.u[1:].abs()
+    first = torch.cat([apart.new_ones(1), apart])
+    slope = curve.slope[first]
+    if len(slope) > 2:
+        a, b, c = slope[:-2], slope[1:-1], slope[2:]
+        inner = torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
+        slope = torch.cat([slope[:1], inner, slope[-1:]])
+    return slope[first.cumsum(0) - 1]
 
 
 def falls(curve: Curve) -> tuple[float, float] | None:
@@ -107,7 +113,7 @@ def falls(curve: Curve) -> tuple[float, float] | None:
     curve = curve.finite()
     if len(curve.u) < 3:
         return None
-    slope = _without_single_points(curve.slope)
+    slope = _without_single_points(curve)
     drop = curve.value.diff() < -(curve.noise[1:] + curve.noise[:-1])
     down = slope < -curve.slope_noise
     if not bool(drop.any()) and not bool(down.any()):
@@ -133,7 +139,7 @@ def bends_up(curve: Curve) -> tuple[float, float] | None:
     curve = curve.part(gains)
     if len(curve.u) < 3:
         return None
-    slope = _without_single_points(curve.slope)
+    slope = _without_single_points(curve)
     least = slope.cummin(0)
     growth = slope - least.values - slope_floor
     h, rise = curve.u.diff(), curve.value.diff()

@@ -120,7 +120,7 @@ def precision(case: ValueFunctionCase) -> str | None:
         per_nat = torch.minimum(sample.exact_value.abs() / u.abs(), exact[fits].nan_to_num().max())
         rough = shares * (exact + per_nat) + tiny
         at = _most_doubtful(torch.where(fits, (slope - sample.exact_slope).abs() / rough, 0.0))
-        low, high = _around(v, u[at], count * eps, 1)
+        low, high = _around(v, u[at], count * eps, 1, count * eps * _added(v, u[at]))
         slack = shares[at] * (exact[at] + case.slope_around(v, u[at])) + tiny
         off = torch.maximum(low - slope[at], slope[at] - high) - slack
         off = torch.where(exact[at] < 0.2 * torch.finfo(dtype).max, off, -torch.inf)
@@ -131,11 +131,26 @@ def precision(case: ValueFunctionCase) -> str | None:
     return None
 
 
-def _around(v: ValueFunction, u: Tensor, relative: float, which: int) -> tuple[Tensor, Tensor]:
-    """Lowest and highest value (0) or slope (1) in float64, as far around each outcome as rounding may move it."""
+def _around(
+    v: ValueFunction, u: Tensor, relative: float, which: int, further: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value (0) or slope (1) in float64, as far around each outcome as rounding may move it.
+
+    ``further``: nats that it may also move outcomes, whatever their size.
+    """
     shares = (-1, -0.6, -0.3, -0.1, 0, 0.1, 0.3, 0.6, 1)
-    around = torch.stack([in_pieces(v, u * (1 + relative * t))[which] for t in shares])
+    around = torch.stack([in_pieces(v, u * (1 + relative * t) + further * t)[which] for t in shares])
     return around.min(dim=0).values, around.max(dim=0).values
+
+
+def _added(v: ValueFunction, u: Tensor) -> Tensor:
+    """The size of what is added to u on the way, nats, float64 [n], on either side of 0: 1 for (u + 1).clamp(max=1)."""
+    sizes = []
+    for side in (-1, 1):
+        beside = side * (u.abs() + 1e-4)
+        slope = in_pieces(v, beside)[1].abs()
+        sizes.append(torch.where(slope > 0, sums(v, beside) / slope, 0.0).clamp(max=1e3))
+    return torch.maximum(*sizes)
 
 
 def _most_doubtful(ratio: Tensor, most: int = 20_000) -> Tensor:

@@ -37,6 +37,18 @@ def flat_beyond(rng: Random) -> ValueFunction:
     return Value(v)
 
 
+def two_kinks_that_cancel(rng: Random) -> ValueFunction:
+    """Flat from a place on, by two kinks at another, at which autograd takes another side of each."""
+    first, second, slope = rng.uniform(1, 20), rng.uniform(100, 2000), rng.uniform(0.1, 5)
+    return Value(lambda u: 3 * (u - F.relu(u - first)) - slope * F.relu(u - second) + slope * (u - second).clamp(min=0))
+
+
+def kink_at_zero(rng: Random) -> ValueFunction:
+    """A kink at 0, where u is lost beside what is added to it."""
+    offset, slope = rng.uniform(0.3, 30), rng.uniform(0.05, 2)
+    return Value(lambda u: (slope * u + offset).clamp(max=offset))
+
+
 def tail_of_a_difference(rng: Random) -> ValueFunction:
     size = rng.uniform(0.5, 20)
     return Value(lambda u: u - torch.sqrt(u.square() + size))
@@ -194,6 +206,8 @@ def with_scale(
 SOUND_VALUES: dict[str, Callable[[Random], ValueFunction]] = {
     "a flat sum": flat_sum,
     "flat beyond, by subtraction": flat_beyond,
+    "two kinks that cancel": two_kinks_that_cancel,
+    "a kink at 0 beside an offset": kink_at_zero,
     "the tail of a difference": tail_of_a_difference,
     "two jumps at 0": two_jumps_at_zero,
     "jumps on losses": jumps_on_losses,
