@@ -138,6 +138,7 @@ def test_two_processes_train_as_one(both, objective, two):
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two_)]
     assert summaries[0]["data"] == summaries[1]["data"]
     assert summaries[0]["reference_rows"] == summaries[1]["reference_rows"]
+    assert summaries[0]["trained"] == summaries[1]["trained"] is not None
     assert summaries[0]["metrics"].keys() == summaries[1]["metrics"].keys()
 
 

@@ -27,6 +27,7 @@ from halos_pl.distributed import sum_over_ranks
 from halos_pl.objective.halo import HALO
 from halos_pl.provenance import provenance
 from halos_pl.run_dir import CONFIG, LAST, SUMMARY, TEST, shortfall
+from halos_pl.training.amounts import Amounts
 from halos_pl.training.checkpoint_reading import step_of
 from halos_pl.training.ending import record, why_ended
 from halos_pl.training.monitors import check_interval, check_monitors, say_no_validation
@@ -171,6 +172,13 @@ class RunReport(Callback):
         self._rows_before: dict[str, int] = {}
         self._first: _Rows | None = None
         self._last: deque[_Rows] = deque()
+        self._amounts = Amounts()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._amounts.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._amounts.load(state_dict)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
@@ -179,6 +187,7 @@ class RunReport(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger) and trainer.is_global_zero:
                 self._warn_of_lost_lines(trainer, logger.drop_from(trainer.global_step))
+        self._amounts.begin(resumed=trainer.global_step > 0)
         self._clock = StepClock(pl_module.device)
         policy: Any = getattr(pl_module, "policy", None)
         if policy is not None:
@@ -213,6 +222,7 @@ class RunReport(Callback):
         speed = on_host(self._speed)
         pl_module.log("rows/s", speed.pop("rows/s"))
         pl_module.log_dict(speed, prog_bar=True)
+        self._amounts.add(batch)
         if "outcome" in outputs and len(outputs["outcome"]):
             rows = outputs["outcome"], outputs["desirable"]
             self._first = self._first or rows
@@ -235,8 +245,12 @@ class RunReport(Callback):
     def _last_rows(self) -> list[tuple[float, bool]]:
         return _read(self._last)[-self.ROWS_IN_PLOT :]
 
+    def _totals(self, module: Any) -> dict[str, Any]:
+        """The entries of the summary that are sums over all ranks, which must all call this."""
+        return {"trained": self._amounts.of_all(module.device), "reference_rows": _reference_rows_of_all(module)}
+
     def _write_summary(
-        self, trainer: Trainer, pl_module: LightningModule, end: dict[str, Any], reference_rows: dict[str, int]
+        self, trainer: Trainer, pl_module: LightningModule, end: dict[str, Any], totals: dict[str, Any]
     ) -> float:
         """Writes ``summary.json`` and returns the duration of the fit in seconds."""
         folder = Path(trainer.default_root_dir)
@@ -249,7 +263,7 @@ class RunReport(Callback):
             "wall_seconds": seconds,
             "data": counts,
             "digests": datamodule.digests("train") if counts else {},
-            "reference_rows": reference_rows,
+            **totals,
             "metrics": _numbers(trainer.callback_metrics),
             "last_outcomes": self._last_rows(),
             "resumed": getattr(getattr(pl_module, "record", None), "history", []),
@@ -263,14 +277,14 @@ class RunReport(Callback):
         number = stopping.received()
         stopped = self._began and isinstance(exception, SIGTERMException)
         if number and stopped and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rows = _reference_rows_of_all(pl_module)  # the ranks have agreed to stop
+            totals = self._totals(pl_module)  # the ranks have agreed to stop
             if trainer.is_global_zero:
                 end = record(trainer, stopping.name_of(number), finished=False)
-                self._write_summary(trainer, pl_module, end, rows)
+                self._write_summary(trainer, pl_module, end, totals)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Also called if nothing was left to train, because the run had been killed after its last step."""
-        rows = _reference_rows_of_all(pl_module)
+        totals = self._totals(pl_module)
         if not trainer.is_global_zero:
             return
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -284,7 +298,7 @@ class RunReport(Callback):
             rank_zero_info(f"halos: nothing was left to train; {folder}/ contains all {trainer.global_step} steps")
             return
         ended = why_ended(trainer)
-        seconds = self._write_summary(trainer, pl_module, record(trainer, ended, finished=True), rows)
+        seconds = self._write_summary(trainer, pl_module, record(trainer, ended, finished=True), totals)
         files = [str(name) for name in (CONFIG, LAST, SUMMARY) if (folder / name).exists()]
         halo: HALO | None = getattr(getattr(pl_module, "objective", None), "halo", None)
         if (folder / METRICS).is_file():
