@@ -15,7 +15,7 @@ from scipy import stats
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.decisions import compare
 from halos_pl.study.planned_power import deviations_of
-from halos_pl.study.power import Noise, detectable, power
+from halos_pl.study.power import Noise, detectable, equivalence_power, power
 from halos_pl.study.run_variance import Runs, run_variance
 from halos_pl.study.standard_error import CAUTION, MARGIN, StandardError, caution
 
@@ -210,6 +210,25 @@ def test_power_is_that_of_the_noncentral_t() -> None:
     t = stats.nct(2, 0.6 / math.sqrt(0.02))
     assert power(0.6, two, 0.05) == pytest.approx(t.sf(bound) + t.cdf(-bound), abs=2e-3)
     assert detectable(replace(noise, run=0.0), 0.05) is None  # nothing varies, which does not tell
+
+
+def test_the_power_of_equivalence_is_that_of_two_one_sided_tests() -> None:
+    """Where runs do not vary, it has a closed form; it grows with the margin, and one seed has none."""
+    noise = Noise.planned(prompt_sd=1.0, run_sd=0.0, sampling_sd=0.0, count=101, seeds=3, arms=2)
+    error = 1 / math.sqrt(101)
+    bound = stats.t.isf(0.05, 100) * error
+    for margin in (0.1, 0.2, 0.3, 0.5):
+        room = max(margin - bound, 0.0) / error
+        assert equivalence_power(margin, noise, 0.05) == pytest.approx(2 * stats.norm.cdf(room) - 1, abs=2e-3)
+    varying = replace(noise, run=0.01)
+    found = [equivalence_power(margin, varying, 0.05) for margin in (0.2, 0.4, 0.8, 3.0)]
+    assert found == sorted(found)
+    assert found[0] < equivalence_power(0.2, noise, 0.05)
+    assert equivalence_power(9.0, replace(noise, seeds=1), 0.05) == 0
+    # Shares have at least the variance of a difference as large as the margin.
+    still = Noise.planned(prompt_sd=1e-6, run_sd=0.0, sampling_sd=0.0, count=20, seeds=3, arms=2)
+    assert equivalence_power(0.05, still, 0.05) == pytest.approx(1)
+    assert equivalence_power(0.05, still, 0.05, share=True) == 0
 
 
 def test_power_falls_with_the_arms_own_variances() -> None:

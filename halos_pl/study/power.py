@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -91,9 +91,34 @@ def power(effect: float, noise: Noise, level: float) -> float:
     return float((special.ndtr(shift - reach) + special.ndtr(-shift - reach)).mean())
 
 
+def equivalence_power(margin: float, noise: Noise, level: float, *, share: bool = False) -> float:
+    """The probability that two arms without any difference are called equivalent.
+
+    Args:
+        margin: margin of equivalence, on the scale of the test.
+        noise: variances of the difference.
+        level: level of each of the two one-sided tests, as in :func:`power`.
+        share: whether the metric is a share, whose variance over examples is taken to be at least that of a difference
+            as large as the margin.
+    """
+    if noise.seeds < 2:
+        return 0.0
+    tested = replace(noise, examples=max(noise.examples, margin * (1 - margin) / noise.count)) if share else noise
+    if tested.error == 0:
+        return 1.0
+    room = np.maximum(margin - _reach(tested, 2 * level, 2 * LEVEL), 0.0)
+    return float((2 * special.ndtr(room / max(noise.error, 1e-300)) - 1).mean())
+
+
 @lru_cache(maxsize=64)
-def _reach(noise: Noise, level: float) -> Floats:
-    """The difference that is just significant, for each of ``DRAWS`` draws of the run variances."""
+def _reach(noise: Noise, level: float, own: float = LEVEL) -> Floats:
+    """The difference that is just significant, for each of ``DRAWS`` draws of the run variances.
+
+    Args:
+        noise: its variances.
+        level: two-sided level of the tests with the pooled and the reference arm's variance.
+        own: that of the test with the arm's own.
+    """
     free = noise.seeds - 1
     arms = max(1, round(noise.df / free)) + (noise.arms == 2)
     points = stats.qmc.Sobol(free * arms, rng=np.random.default_rng(0)).random(DRAWS)
@@ -108,10 +133,10 @@ def _reach(noise: Noise, level: float) -> Floats:
         tests = [
             ([(2 * pooled, df)], level),
             ([(of_arms[:, 0], free), (pooled, df)], level),
-            ([(of_arms[:, 1], free), (pooled, df)], LEVEL),
+            ([(of_arms[:, 1], free), (pooled, df)], own),
         ]
     else:
-        tests = [([(pooled, noise.df)], level), ([(of_arms[:, 0], free)], LEVEL)]
+        tests = [([(pooled, noise.df)], level), ([(of_arms[:, 0], free)], own)]
     reaches = []
     for runs, at in tests:
         size, df_of = errors(runs, noise.examples, noise.sampling, noise.count, care)
