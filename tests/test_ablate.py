@@ -32,7 +32,7 @@ from halos_pl.evaluation.judging import judged_by
 from halos_pl.evaluation.metrics import METRICS
 from halos_pl.objective.halo import Objective
 from halos_pl.run_dir import LAST, SUMMARY
-from halos_pl.study import execute, figures, gather, processes, report
+from halos_pl.study import drawing, execute, figures, gather, processes, report
 from halos_pl.study.claim import claim
 from halos_pl.study.headline import headline
 from halos_pl.study.planned_power import power_lines
@@ -750,7 +750,7 @@ def test_names_and_errors_are_shown_as_they_are(
     drawn = figures.forest(Results(study, out))
     assert drawn is not None
     drawn.draw_without_rendering()
-    assert figures.label(study.arms[0].name).strip().replace("\\$", "$") == study.arms[0].name
+    assert drawing.label(study.arms[0].name).strip().replace("\\$", "$") == study.arms[0].name
     failed = study.runs(out)[3]
     record_failure(failed, ["fit"], "RuntimeError: [/tmp/x] [enforce fail at alloc_cpu.cpp:117]")
     claimed(study, tmp_path / "other", {arm.name: arm.name for arm in study.arms})
@@ -830,10 +830,10 @@ def test_a_study_runs_goes_on_after_a_failure_and_reports(
     for metric in results.study.metrics:
         assert set(results.comparisons(metric)) == {"no loss aversion"}
         assert results.comparisons(metric)["no loss aversion"].exploratory == (metric != "reward_accuracy")
-    for name in ("forest.png", "curves.png", "value_functions.png"):
+    for name in ("forest.png", "frontier.png", "curves.png", "value_functions.png"):
         assert (out / name).read_bytes() == b"drawn", name
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 * 3  # for a screen and a phone
+    assert page.count("data:image/png;base64,") == 2 * 4  # for a screen and a phone
     assert page.count("as checked elsewhere") == 2
     assert not list(out.rglob("*.ckpt"))
     called.clear()

@@ -26,7 +26,7 @@ from PIL import Image
 from run_halos import ROOT
 
 from halos_pl.cli.main import main
-from halos_pl.study import figures, report
+from halos_pl.study import drawing, figures, report
 from halos_pl.study.comparison import ratio
 from halos_pl.study.digits import decimals, number, of_comparison
 from halos_pl.study.first_line import first_line
@@ -544,7 +544,7 @@ def test_numbers_have_no_false_signs_or_digits() -> None:
 
 
 def test_no_two_arms_look_alike() -> None:
-    looks = [figures.look(i) for i in range(252)]
+    looks = [drawing.look(i) for i in range(252)]
     assert len({tuple(look.values()) for look in looks}) == 252
     assert len({look["color"] for look in looks[:7]}) == 7
 
@@ -566,7 +566,7 @@ def test_colours_differ_with_any_vision(kind: str | None) -> None:
         f = np.cbrt(np.maximum(xyz / [0.9505, 1, 1.089], 0.008856))
         return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
-    for one, other in itertools.combinations((*figures.COLOURS, "#FFFFFF"), 2):
+    for one, other in itertools.combinations((*drawing.COLOURS, "#FFFFFF"), 2):
         assert np.linalg.norm(lab(one) - lab(other)) > 12, (one, other)
 
 
@@ -574,14 +574,15 @@ def test_saved_figures_keep_the_colours_of_arms(tmp_path: Path) -> None:
     results = results_of(tmp_path, {f"arm {i}": float(i) for i in range(7)})
     drawn = figures.curves(results)
     assert drawn is not None
-    pixels = np.asarray(Image.open(io.BytesIO(figures.png(drawn))).convert("RGB")).reshape(-1, 3)
+    pixels = np.asarray(Image.open(io.BytesIO(drawing.png(drawn))).convert("RGB")).reshape(-1, 3)
     seen = {f"#{r:02X}{g:02X}{b:02X}" for r, g, b in np.unique(pixels, axis=0)}
-    assert {look["color"] for look in figures.looks(results).values()} <= seen
+    assert {look["color"] for look in drawing.looks(results).values()} <= seen
 
 
-@pytest.mark.parametrize("width", [figures.WIDTH, figures.NARROW])
+@pytest.mark.parametrize("width", [drawing.WIDTH, drawing.NARROW])
 def test_nothing_is_cut_off_and_every_axis_is_labelled(width: float, tmp_path: Path) -> None:
-    long = results_of(tmp_path / "arms", {f"{LONG} {i}": float(i) for i in range(9)}, examples=4)
+    both = ("reward_margin", "kl")
+    long = results_of(tmp_path / "arms", {f"{LONG} {i}": float(i) for i in range(9)}, metrics=both, examples=4)
     axes = {"model.value_function.init_args.beta": [0.1, 0.2], "data.batch_size": [2, 4, 8]}
     names = {f"beta={b} batch_size={n}": b * n for b in (0.1, 0.2) for n in (2, 4, 8)}
     grid = results_of(tmp_path / "grid", names, axes=axes, examples=4)
@@ -630,6 +631,35 @@ def test_the_forest_shows_the_differences_that_are_tested(tmp_path: Path) -> Non
         assert "nats" in axis.get_xlabel()
     assert set(results.comparisons("reward_margin")) == {"one", "two"}
     assert set(results.learned("reward_margin")) == {"base", "one", "two"}
+
+
+def test_the_frontier_shows_the_primary_metric_over_kl(tmp_path: Path) -> None:
+    """On answers rather than on held-out text; of a study that decides by KL, or has none, there is no frontier."""
+    shift = {"base": 1.0, "one": 2.0, "two": 3.0}
+    metrics = ("reward_margin", "kl_held_out", "kl")
+    results = results_of(tmp_path / "both", shift, before=0.5, metrics=metrics)
+    figure = figures.frontier(results)
+    assert figure is not None
+    [axis] = figure.get_axes()
+    assert (axis.get_xlabel(), axis.get_xscale()) == ("kl, nats", "log")
+    assert axis.get_ylabel().startswith("reward_margin")
+    points, spans = [], []
+    for container in axis.containers:
+        point, _, (across, up) = container
+        points.append((float(point.get_xdata()[0]), float(point.get_ydata()[0])))
+        spans.append((*across.get_segments()[0][:, 0].tolist(), *up.get_segments()[0][:, 1].tolist()))
+    wanted = [[results.estimates[metric, arm.name] for metric in ("kl", "reward_margin")] for arm in results.ranked]
+    assert np.array(points) == pytest.approx(np.array([(x.value, y.value) for x, y in wanted]))
+    assert np.array(spans) == pytest.approx(np.array([(x.low, x.high, y.low, y.high) for x, y in wanted]))
+    before = results.of_baseline("reward_margin", BEFORE)
+    assert before is not None
+    assert any(np.allclose(line.get_ydata(), before.mean()) for line in axis.get_lines())
+    for other in (("kl", "reward_margin"), ("reward_margin", "brier")):
+        assert figures.frontier(results_of(tmp_path / "-".join(other), shift, metrics=other)) is None
+    # What is not above 0 has no logarithm.
+    below = figures.frontier(results_of(tmp_path / "below", {"base": -1.0, "one": 1.0}, metrics=metrics))
+    assert below is not None
+    assert below.get_axes()[0].get_xscale() == "linear"
 
 
 def test_ratios_are_drawn_along_a_logarithm(tmp_path: Path) -> None:

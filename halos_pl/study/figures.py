@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,22 +11,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from PIL import Image
 
 from halos_pl.evaluation.metrics import metric_of
 from halos_pl.study.comparison import Comparison
+from halos_pl.study.drawing import COLOURS, MARKERS, NOT, SIGNIFICANT, WIDTH, label, legend, legend_size, looks
 from halos_pl.study.results import Results
 from halos_pl.study.spec import Arm
 
-#: Inches: on a page, and on a phone, where panels are stacked.
-WIDTH, NARROW = 6.2, 3.5
 #: Inches per line, and characters per inch, of 9-point text.
 LINE, CHARACTERS = 0.17, 11.5
-#: Okabe and Ito 2008, safe for colour-blind readers; without yellow, which is too pale on white.
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
-LINES = ("-", "--", ":", "-.")
-MARKERS = ("", "o", "s", "^", "D", "v", "P", "X", "*")
-SIGNIFICANT, NOT = "#0072B2", "#777777"
 OUTCOMES: dict[str, dict[str, Any]] = {
     "outcome/desirable": {"color": "#56B4E9", "alpha": 0.6},
     "outcome/undesirable": {"edgecolor": "#D55E00", "histtype": "step", "linewidth": 1.4},
@@ -41,6 +33,9 @@ class Curve:
     title: str
     unit: str
 
+
+#: Metrics of the distance from the reference; a study with both is drawn over the first.
+KLS = ("kl", "kl_held_out")
 
 #: Curves by metric of ``values.csv.gz``.
 CURVES = {
@@ -58,49 +53,6 @@ def unit_of(metric: str) -> str:
         if unit in what:
             return unit
     return what
-
-
-def look(number: int) -> dict[str, Any]:
-    """Colour, line and marker of the arm with this number; the first 252 are distinct."""
-    line, marker = number // len(COLOURS), number // (len(COLOURS) * len(LINES))
-    return {
-        "color": COLOURS[number % len(COLOURS)],
-        "linestyle": LINES[line % len(LINES)],
-        "marker": MARKERS[marker % len(MARKERS)],
-    }
-
-
-def looks(results: Results) -> dict[str, dict[str, Any]]:
-    """Styles by arm, in the study's order; the baseline is black."""
-    arms = sorted(results.study.arms, key=lambda arm: arm is not results.baseline)
-    return {arm.name: look(number) for number, arm in enumerate(arms)}
-
-
-def png(figure: Figure) -> bytes:
-    """A PNG with 256 colours, a third of the size; the colours of arms stay exact. Equal figures give equal bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
-    image = Image.open(buffer).convert("RGB")
-    pixels = np.asarray(image, dtype=np.int64)
-    codes, places = np.unique(pixels @ np.array([65536, 256, 1]), return_inverse=True)
-    colours = np.stack([codes // 65536, codes // 256 % 256, codes % 256], axis=1)
-    kept = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in dict.fromkeys((*COLOURS, SIGNIFICANT, NOT, "#FFFFFF"))]
-    rest = image.quantize(256 - len(kept)).getpalette() or []
-    palette = np.array([*kept, *np.reshape(rest, (-1, 3)).tolist()])
-    nearest = np.concatenate(
-        [((some[:, None] - palette) ** 2).sum(axis=2).argmin(axis=1) for some in np.array_split(colours, 32)]
-    )
-    drawn = Image.fromarray(nearest[places].reshape(pixels.shape[:2]).astype(np.uint8), mode="P")
-    drawn.putpalette(palette.flatten().tolist())
-    out = io.BytesIO()
-    drawn.save(out, format="PNG", optimize=True)
-    return out.getvalue()
-
-
-def label(name: str, width: int = 30) -> str:
-    """An arm's name, wrapped and escaped: matplotlib reads $ as a formula, and leaves _names out of legends."""
-    name = "\n".join(textwrap.wrap(name, width) or [name]).replace("$", r"\$")
-    return f" {name}" if name.startswith("_") else name
 
 
 def _list(axes: Any) -> list[Any]:
@@ -216,11 +168,8 @@ def curves(results: Results, width: float = WIDTH) -> Figure | None:
         return None
     styles = looks(results)
     arms = [arm for arm in results.ranked if any(results.figures(arm, name) for name in drawn)]
-    names = {arm.name: label(arm.name, 40 if width == WIDTH else 30) for arm in arms}
-    longest = max(len(line) for name in names.values() for line in name.split("\n"))
-    columns = max(1, min(3, len(arms), int((width - 0.3) / (0.085 * longest + 0.6))))
-    lines = sum(1 + name.count("\n") for name in names.values()) / columns + 1
-    figure = Figure(figsize=(width, 2.3 * len(drawn) + 0.19 * lines), layout="constrained")
+    names, columns, below = legend_size(arms, width)
+    figure = Figure(figsize=(width, 2.3 * len(drawn) + below), layout="constrained")
     handles = {}
     for axis, name in zip(_list(figure.subplots(len(drawn), 1, sharex=True)), drawn, strict=True):
         for arm in arms:
@@ -239,15 +188,50 @@ def curves(results: Results, width: float = WIDTH) -> Figure | None:
         axis.set_ylabel(CURVES[name].unit, fontsize=9)
         axis.grid(color="0.92")
     axis.set_xlabel("optimizer step", fontsize=9)
-    figure.legend(
-        [handles[name] for name in names if name in handles],
-        [text for name, text in names.items() if name in handles],
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize=9,
-        handlelength=3,
-    )
+    legend(figure, handles, names, columns)
+    return figure
+
+
+def frontier(results: Results, width: float = WIDTH) -> Figure | None:
+    """The primary metric against KL, on a log scale where all means are above 0; None without both metrics."""
+    metric = results.primary
+    kl = next((kl for kl in KLS if kl in results.study.metrics and metric not in KLS), None)
+    means = {arm: [results.estimates.get((each, arm.name)) for each in (kl, metric)] for arm in results.ranked if kl}
+    points = {arm: (x, y) for arm, (x, y) in means.items() if x is not None and y is not None}
+    if kl is None or not points:
+        return None
+    names, columns, below = legend_size(list(points), width)
+    figure = Figure(figsize=(width, 3.2 + below), layout="constrained")
+    axis, handles = figure.subplots(), {}
+    if all(x.low > 0 for x, _ in points.values()):
+        axis.set_xscale("log")
+    order = list(looks(results))
+    for arm, (x, y) in points.items():
+        place = order.index(arm.name)
+        handles[arm.name] = axis.errorbar(
+            x.value,
+            y.value,
+            xerr=[[x.value - x.low], [x.high - x.value]],
+            yerr=[[y.value - y.low], [y.high - y.value]],
+            color=COLOURS[place % len(COLOURS)],
+            marker=MARKERS[1 + place // len(COLOURS) % (len(MARKERS) - 1)],
+            linestyle="",
+            markersize=5,
+            linewidth=1.4,
+        )
+    for number, name in enumerate(results.baselines):
+        if (values := results.of_baseline(metric, name)) is not None:
+            mean, side = float(values.mean()), number % 2  # two of them may have equal means
+            axis.axhline(mean, color=NOT, linewidth=0.8, linestyle="--", zorder=1.7)
+            how: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "fontsize": 8, "color": NOT}
+            axis.text((0.01, 0.99)[side], mean, label(name), va="bottom", ha=("left", "right")[side], **how)
+    if axis.get_xscale() == "log":
+        _ratio_axis(axis)
+    axis.set_xlabel(f"{kl}, {unit_of(kl)}", fontsize=9)
+    axis.set_ylabel(f"{metric}, {unit_of(metric)}", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(color="0.92")
+    legend(figure, handles, names, columns)
     return figure
 
 
@@ -332,6 +316,11 @@ PICTURES: dict[str, tuple[str, str, Callable[..., Figure | None]]] = {
         "Paired differences with uncorrected 95% intervals. Filled: significant over seeds after correction. Ticks:"
         " single seeds",
         forest,
+    ),
+    "frontier.png": (
+        "Frontier",
+        "Means of the primary metric and of KL, with uncorrected 95% intervals. Dashed: baselines that are not arms",
+        frontier,
     ),
     "heat_map.png": ("Over the grid", "Mean of the primary metric", heat_map),
     "curves.png": ("Training", "Mean over seeds; bands from the smallest to the largest seed", curves),

@@ -20,7 +20,8 @@ from halos_pl.evaluation.metrics import PER_TOKEN, RATIOS, is_share, metric_of
 from halos_pl.provenance import NO_CHECKOUT
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.digits import decimals, number, of_comparison, of_estimate, p_value, short
-from halos_pl.study.figures import CURVES, NARROW, PICTURES, png, unit_of
+from halos_pl.study.drawing import NARROW, png
+from halos_pl.study.figures import CURVES, PICTURES, unit_of
 from halos_pl.study.first_line import first_line
 from halos_pl.study.headline import headline
 from halos_pl.study.markdown import escaped, fence
