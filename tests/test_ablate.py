@@ -32,10 +32,10 @@ from halos_pl.evaluation.judging import judged_by
 from halos_pl.evaluation.metrics import METRICS
 from halos_pl.objective.halo import Objective
 from halos_pl.run_dir import LAST, SUMMARY
-from halos_pl.study import drawing, execute, figures, gather, processes, report
+from halos_pl.study import drawing, execute, figures, gather, preflight, processes, report
 from halos_pl.study.claim import claim
 from halos_pl.study.headline import headline
-from halos_pl.study.planned_power import power_lines
+from halos_pl.study.planned_power import hopeless, power_lines
 from halos_pl.study.power import Noise, power
 from halos_pl.study.preflight import Checked, CheckedArm, check, evaluate_arguments
 from halos_pl.study.read import load_study
@@ -183,6 +183,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "at most 1",
     ),
     "nothing that varies": ({"power": {"prompt_sd": 0, "run_sd": 0}}, "power:", "run_sd must be above 0"),
+    "an effect that is none": ({"power": {"effect": 1.5}}, "effect", "below 1"),
+    "a factor below 1": ({"metrics": ["kl"], "power": {"effect": 0.9}}, "effect", "above 1"),
     "a seed too large": ({"seeds": [0, 2**32]}, "seeds:", "4294967295"),
     "two sources of power": ({"power": {"values": "x.csv.gz", "run_sd": 1}}, "values:", "run_sd"),
     "sample of more than there are": ({"sample": {"size": 9}}, "sample:", "2 arms"),
@@ -227,6 +229,76 @@ def test_power_is_said_of_the_planned_seeds_and_prompts(make: Any, tmp_path: Pat
     (tmp_path / "over.yaml").write_text("metrics: [kl]")
     with pytest.raises(StudyError, match="equivalence"):
         load_study(make(**many, equivalence=0.05), tmp_path / "over.yaml")
+
+
+def test_a_study_that_would_probably_miss_what_it_looks_for_runs_only_anyway(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    noise = {"prompt_sd": 0.5, "run_sd": 0.02}
+    many: dict[str, Any] = {"metrics": ["rule", "kl"], "seeds": [0, 1, 2]}
+
+    def said(examples: int, **own: Any) -> str | None:
+        line = hopeless(load_study(make(**many | own)), examples)
+        assert line is None or "\n" not in line
+        return line
+
+    for own, examples, weak in (
+        ({}, 20, False),  # it names no difference
+        ({"power": noise}, 20, False),
+        ({"power": {**noise, "effect": 0.2}}, 20, True),
+        ({"power": {**noise, "effect": 0.2}}, 400, False),
+        ({"power": {**noise, "effect": 0.9}}, 20, False),
+        ({"power": {**noise, "effect": 0.9}, "seeds": [0]}, 20, True),  # nothing is significant over one seed
+        ({"equivalence": 0.05}, 80, True),  # a share at worst
+        ({"power": noise, "equivalence": 0.4}, 400, False),
+        ({"power": {**noise, "effect": 1.05}, "primary": "kl"}, 80, True),  # a factor
+        ({"power": {**noise, "effect": 3.0}, "primary": "kl"}, 80, False),
+        ({"primary": "kl", "equivalence": 1.1}, 80, False),  # nothing is known of its variance
+    ):
+        assert (said(examples, **own) is not None) == weak, (own, examples)
+    line = said(20, power={**noise, "effect": 0.2})
+    planned = Noise.planned(prompt_sd=0.5, run_sd=0.02, sampling_sd=0, count=20, seeds=3, arms=2)
+    assert f"power of {power(0.2, planned, 0.05 / MARGIN):.2f} for 20 points" in str(line)
+    # What would help is true, and enough.
+    [(stated, prompts)] = re.findall(r"(\d\.\d\d) with (\d+) prompts", str(line))
+    more = Noise.planned(prompt_sd=0.5, run_sd=0.02, sampling_sd=0, count=int(prompts), seeds=3, arms=2)
+    assert power(0.2, more, 0.05 / MARGIN) == pytest.approx(float(stated), abs=0.005)
+    assert float(stated) >= 0.8
+    assert re.search(r"\d\.\d\d with \d+ seeds", str(line))
+    # Before anything is written, in one line that names the study's; and not if nothing is left to run.
+    path, out = make(**many, power={**noise, "effect": 0.2}), tmp_path / "out"
+    study = load_study(path)
+    checked = Checked({arm.title: CheckedArm(1, arm.name) for arm in study.arms}, 20, measured_as(study))
+    monkeypatch.setattr(preflight, "check", lambda *_: checked)
+    monkeypatch.setattr(report, "PICTURES", {})
+
+    def process(words: list[str], log: Path, env: Any, lock: Any = None) -> int:
+        folder = Path(words[1] if words[0] == "evaluate" else words[-1].partition("=")[2])
+        if words[0] == "fit" and folder.name.startswith("seed"):
+            values = {f"{i:02}": float(i % 2) for i in range(20)}
+            _pretend(study, out, [r.folder for r in study.runs(out)].index(folder), "rule", values)
+            (folder / "evaluation.json").rename(folder / "later.json")
+        elif words[0] == "evaluate":
+            values = json.loads((folder / "later.json").read_text())
+            (folder / "evaluation.json").write_text(json.dumps(values | {"kl": values["rule"]}))
+        else:
+            log.write_text("halos: RuntimeError: not timed\n")
+            return 1
+        return 0
+
+    monkeypatch.setattr(processes, "run_command", process)
+    with pytest.raises(SystemExit):
+        main(["ablate", str(path), f"--out={out}"])
+    error = capsys.readouterr().err
+    assert f"{path}:{line_of(path, 'effect:')}: the planned power is hopeless" in error
+    assert "--anyway" in error
+    assert not out.exists()
+    main(["ablate", str(path), f"--out={out}", "--anyway"])
+    capsys.readouterr()
+    main(["ablate", str(path), f"--out={out}"])
+    page = (out / "report.md").read_text()
+    assert f"--out {out} --anyway" in page
+    assert "the planned power is hopeless" in page
 
 
 def test_a_detectable_size_is_stated_only_of_arms_that_have_one(make: Any, tmp_path: Path) -> None:

@@ -662,6 +662,36 @@ def test_the_frontier_shows_the_primary_metric_over_kl(tmp_path: Path) -> None:
     assert below.get_axes()[0].get_xscale() == "linear"
 
 
+def test_a_report_states_what_each_arm_was_trained_on_and_whether_arms_differ(tmp_path: Path, text_only: None) -> None:
+    """Seeds shuffle the rows, so tokens differ between seeds; arms differ where those of a seed do."""
+
+    def page(name: str, amounts: dict[tuple[str, int], dict[str, float]]) -> tuple[str, list[str]]:
+        results = results_of(tmp_path / name, {"a": 0.0, "b": 1.0}, seeds=2)
+        recorded = read_recorded(results.study, tmp_path / name)
+        values = {key: {**f, "trained": amounts[key]} if key in amounts else f for key, f in recorded.values.items()}
+        write_recorded(Recorded(values, recorded.record), results.study, tmp_path / name)
+        results = Results(results.study, tmp_path / name)
+        write_report(results)
+        text = (tmp_path / name / "report.md").read_text()
+        return text.partition("## Trained on")[2].partition("\n## ")[0], headline(results)
+
+    same = {(arm, seed): {"rows": 128.0, "tokens": 9000.0 + seed, "steps": 16.0} for arm in "ab" for seed in (0, 1)}
+    table, lines = page("same", same)
+    assert row_of(table, "a")[1:] == row_of(table, "b")[1:] == ["128", "9,000 to 9,001", "16"]
+    assert not [line for line in lines if "differ in" in line]
+    fewer = same | {("b", seed): {"rows": 64.0, "tokens": 9000.0 + seed, "steps": 16.0} for seed in (0, 1)}
+    _, lines = page("fewer", fewer)
+    [line] = [line for line in lines if "differ in" in line]
+    assert "rows (b: 64; a: 128)" in line
+    assert "tokens" not in line
+    assert "steps" not in line
+    # Runs of an older version have not recorded it.
+    table, lines = page("older", {key: each for key, each in same.items() if key[0] == "a"})
+    assert row_of(table, "b")[1:] == ["–"] * 3
+    assert not [line for line in lines if "differ in" in line]
+    assert page("none", {})[0] == ""
+
+
 def test_ratios_are_drawn_along_a_logarithm(tmp_path: Path) -> None:
     results = results_of(tmp_path, {"base": 1.0, "one": 2.0}, before=None)
     told = replace(results.comparisons("reward_margin")["one"], scale="ratio", effect=2.0, low=1.5, high=2.7)

@@ -16,11 +16,13 @@ from halos_pl.common.messages import plain
 from halos_pl.common.stopping import Stopped
 from halos_pl.evaluation.files import FILE
 from halos_pl.run_dir import SUMMARY, shortfall, untold
+from halos_pl.study.choice import choices, tuned
 from halos_pl.study.finished import finished
 from halos_pl.study.read import load_study
 from halos_pl.study.recorded import VALUES, read_recorded
 from halos_pl.study.spec import Run, Study, StudyError, default_folder
-from halos_pl.study.state import OVERRIDES, STUDY, failure, state
+from halos_pl.study.state import OVERRIDES, STUDY, ended, failure, state
+from halos_pl.study.tuning import tuning_in
 
 
 class Parsers:
@@ -57,7 +59,13 @@ class Parsers:
 
 
 def ablate(
-    study: str, *, overrides: str | None = None, out: str | None = None, jobs: int = 1, keep_checkpoints: bool = False
+    study: str,
+    *,
+    overrides: str | None = None,
+    out: str | None = None,
+    jobs: int = 1,
+    keep_checkpoints: bool = False,
+    anyway: bool = False,
 ) -> None:
     """Run a study: train and measure every arm with every seed, and write a report. Resumes an interrupted study.
 
@@ -68,11 +76,12 @@ def ablate(
         out: folder for all results; default: runs/NAME, after the study's file (and that of --overrides).
         jobs: number of runs at a time; they share the CPU cores.
         keep_checkpoints: whether to keep the last checkpoint of each run after measuring it.
+        anyway: whether to run a study that would probably miss the difference that it names.
     """
     # Imported here, so that status, which needs no model, starts in a second.
     from halos_pl.study.claim import claim
     from halos_pl.study.execute import execute, executor_of
-    from halos_pl.study.planned_power import power_lines
+    from halos_pl.study.planned_power import hopeless, power_lines
     from halos_pl.study.preflight import check
     from halos_pl.study.processes import environment
     from halos_pl.study.timing import show_plan, timed_step
@@ -85,21 +94,40 @@ def ablate(
     if spec.cluster is not None:
         with tempfile.TemporaryDirectory() as elsewhere:  # submitit makes its folder before the study's is claimed
             executor_of(spec, Path(elsewhere))
-    claim(spec, folder, checked)
-    runs = spec.runs(folder)
+    trials = spec.trials(folder)
+    runs = [*trials, *_decided(spec, folder).runs(folder)]
+    going_on = not all(ended(run) for run in runs)
+    weak = hopeless(spec, checked.examples) if going_on else None
+    if weak and not anyway:
+        raise StudyError(f"{spec.places['effect']}: {weak}; run it as it is with --anyway")
+    claim(spec, folder, checked, weak)
     try:
-        if not all(run.done for run in runs):
-            print(plain("\n".join(power_lines(spec, checked.examples))))
+        if going_on:
+            print(plain("\n".join([*power_lines(spec, checked.examples), *([f"halos: {weak}"] if weak else [])])))
             # A cluster's nodes differ from the machine that submits to them.
-            times = None if spec.cluster is not None else timed_step(spec, folder, environment(jobs))
+            times = None if spec.cluster is not None else timed_step(runs, folder, environment(jobs))
             show_plan(spec, checked, runs, times, jobs)
-        failed = execute(spec, folder, jobs, keep_checkpoints)
+        failed = execute(spec, folder, jobs, keep_checkpoints, runs=trials)
+        spec = _decided(spec, folder)
+        for arm in spec.arms if spec.tune else ():
+            print(
+                plain(f"halos: {arm.name}: {'no value is chosen' if not arm.decided else arm.candidate + ' is chosen'}")
+            )
+        decided = [run for run in spec.runs(folder) if run.arm.decided]
+        failed |= execute(spec, folder, jobs, keep_checkpoints, runs=decided)
     except (KeyboardInterrupt, Stopped):
         print("\nhalos: the runs were stopped; the same command resumes them", file=sys.stderr)
         raise
     skipped = _report(spec, folder)
-    if bad := len(failed) + skipped:
-        raise StudyError(f"{bad} of {len(runs)} runs failed or are skipped; see halos ablate status {folder}")
+    undecided = [arm.name for arm in spec.arms if not arm.decided]
+    if (bad := len(failed) + skipped) or undecided:
+        untuned = f", and no value is chosen for {', '.join(undecided)}" if undecided else ""
+        raise StudyError(f"{bad} of {len(runs)} runs failed or are skipped{untuned}; see halos ablate status {folder}")
+
+
+def _decided(study: Study, folder: Path) -> Study:
+    """The study, in which each arm whose tuning runs have ended has its chosen value."""
+    return tuned(study, tuning_in(study, folder).means)
 
 
 def _report(study: Study, folder: Path) -> int:
@@ -147,9 +175,13 @@ def status(folder: str) -> None:
         folder: folder of the study.
     """
     study = _study_of(folder)
-    runs = study.runs(Path(folder))
+    tuning = tuning_in(study, Path(folder))
+    reasons = {choice.arm: choice.why_not for choice in choices(study, tuning.means)}
+    study = tuned(study, tuning.means)
+    runs = [*study.trials(Path(folder)), *study.runs(Path(folder))]
     metrics, faults = finished(study, Path(folder))
-    done = list(metrics)
+    faults |= tuning.faults
+    done = [*filter(tuning.has, study.trials(Path(folder))), *metrics]
     title = f"{escape(plain(folder))}: {len(done)} of {len(runs)} runs done"
     table = Table(title=title, title_justify="left")
     for column in ("run", "state", "reason"):
@@ -164,6 +196,10 @@ def status(folder: str) -> None:
             how, why = "skipped", f"{faults[run]}; the next halos ablate trains and measures it"
         elif run in faults:
             how, why = "skipped", f"{faults[run]}; remove {run.folder / FILE} to measure it again"
+        elif not run.arm.decided:
+            why = reasons[run.arm.name]
+        elif how == "diverged":
+            why = failure(run)["error"]
         table.add_row(escape(plain(run.folder)), how, escape(plain(why)))
     Console().print(table)
     _warn_untold(done)
@@ -181,6 +217,6 @@ def report(folder: str) -> None:
         StudyError: if the folder has no study.yaml, or neither runs nor values.
     """
     study, path = _study_of(folder), Path(folder)
-    if not (path / VALUES).is_file() and not any(run.folder.is_dir() for run in study.runs(path)):
+    if not (path / VALUES).is_file() and not any(run.folder.is_dir() for run in study.possible_runs(path)):
         raise StudyError(f"{folder}: nothing to report: no run has started, and there is no {VALUES}")
     _report(study, path)

@@ -30,6 +30,10 @@ from halos_pl.training.trained import load_weights, module_of_run
 NEEDS = Needs(undesirable=True)
 
 
+class NonFiniteLogProbError(DataError):
+    """Held-out rows have no finite log-prob under the policy or the reference."""
+
+
 class Evaluation(LightningModule):
     """Measures each held-out row under a policy and, if there is one, a reference.
 
@@ -114,7 +118,7 @@ def records_of(module: Evaluation, data: FeedbackDataModule, name: str) -> list[
     """The records of all rows.
 
     Raises:
-        DataError: naming the model, if log-probs are not finite.
+        NonFiniteLogProbError: naming the model, if log-probs are not finite.
     """
     data.connect(tokenizer=module.tokenizer, needs=NEEDS)
     # On one device: each of several would get only its share of the rows.
@@ -131,7 +135,9 @@ def records_of(module: Evaluation, data: FeedbackDataModule, name: str) -> list[
     names = ("policy_logp", "reference_logp", "kl")
     lost = sum(not np.isfinite([r[name] for name in names if name in r]).all() for r in records)
     if lost:
-        raise DataError(f"{name}: {lost} of {len(records)} held-out rows have no finite log-prob: the policy diverged")
+        raise NonFiniteLogProbError(
+            f"{name}: {lost} of {len(records)} held-out rows have no finite log-prob: the policy diverged"
+        )
     return records
 
 

@@ -14,7 +14,8 @@ from halos_pl.evaluation.evaluate import ARGUMENTS
 from halos_pl.labelling.label import label
 from halos_pl.rounds.spec import SAMPLED, Rounds, RoundsError
 from halos_pl.sampling.sample import sample
-from halos_pl.study.read import LAST_SEED, PER_RUN
+from halos_pl.study.read import PER_RUN
+from halos_pl.study.read_tune import LAST_SEED
 
 REQUIRED = ("model", "prompts", "held_out_prompts", "rounds", "window", "label", "fit")
 KEYS = (*REQUIRED, "sample", "reference", "optimizer", "seed", "evaluate", "answers", "offline", "note")

@@ -13,8 +13,13 @@ from halos_pl.study.spec import Study, StudyError
 from halos_pl.study.state import OVERRIDES, PLAN, STUDY
 
 
-def claim(study: Study, out: Path, checked: Checked) -> None:
+def claim(study: Study, out: Path, checked: Checked, weak: str | None = None) -> None:
     """Makes ``out`` the folder of this study.
+
+    Args:
+        study, out: the study and its folder.
+        checked: its pre-flight.
+        weak: why its planned power is hopeless, if it runs anyway; the report states it.
 
     Raises:
         StudyError: if it belongs to another one, or contains runs that were trained or measured otherwise.
@@ -23,17 +28,21 @@ def claim(study: Study, out: Path, checked: Checked) -> None:
     plan: dict[str, Any] = {
         "study": str(study.path),
         "overrides": None if study.overrides is None else str(study.overrides),
-        "digests": {arm.folder: digests[arm.name] for arm in study.arms},
+        "digests": {arm.folder: digests[arm.title] for arm in study.variants},
         "seeds": list(study.seeds),
         "primary": study.primary,
         **checked.measuring,
+        "tuning": checked.validating,
+        "anyway": weak,
     }
     file = out / PLAN
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         _check_same(study, out, plan, before)
         plan["digests"] = {**before["digests"], **plan["digests"]}
-        if any(run.measured for run in study.runs(out)):  # a metric chosen later may be the one with the best result
+        plan["anyway"] = weak or before.get("anyway")
+        # A metric chosen later may be the one with the best result.
+        if any(run.measured and not run.trial for run in study.possible_runs(out)):
             plan["primary"] = before.get("primary")
     elif out.is_dir() and any(out.iterdir()):
         raise StudyError(f"{out} is not empty and is not a study's folder; name another folder with --out")
@@ -55,15 +64,16 @@ def _check_same(study: Study, out: Path, plan: dict[str, Any], before: dict[str,
     others = any((out / folder).is_dir() for folder in before["digests"])
     if others and not same and Path(before["study"]).resolve() != study.path.resolve():
         raise StudyError(f"{out} contains the results of another study, {before['study']}; choose another --out")
-    for arm in study.arms:
+    for arm in study.variants:
         folder = out / arm.folder
         if folder.is_dir() and before["digests"].get(arm.folder) != plan["digests"][arm.folder]:
             raise StudyError(
-                f"{out} contains the results of another study: arm {arm.name!r} had another config or other data; name"
+                f"{out} contains the results of another study: arm {arm.title!r} had another config or other data; name"
                 f" another folder with --out, or remove {folder} to run the arm again"
             )
-    for run in study.runs(out):
-        if run.done and any(plan[key] != measured_how(run.folder).get(key) for key in ("evaluate", "files")):
+    for run in study.possible_runs(out):
+        how = plan["tuning"] if run.trial else plan
+        if run.done and any(how[key] != measured_how(run.folder).get(key) for key in ("evaluate", "files")):
             raise StudyError(
                 f"{out} contains the results of another study: {run.folder} was measured differently or on other files;"
                 f" name another folder with --out, or remove each {FILE} in it to measure again (and to train again if"

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,19 +20,37 @@ from halos_pl.common.messages import plain
 from halos_pl.run_dir import LAST, PREVIOUS, shortfall
 from halos_pl.study import processes
 from halos_pl.study.spec import Run, Study, StudyError
-from halos_pl.study.state import failure_file, record_failure
+from halos_pl.study.state import diverged, ended, failure_file, record_failure
 from halos_pl.training.checkpoint_links import remove_checkpoint
 
 
 def execute(
-    study: Study, out: Path, jobs: int, keep_checkpoints: bool, tell: Callable[[str], None] = print
+    study: Study,
+    out: Path,
+    jobs: int,
+    keep_checkpoints: bool,
+    tell: Callable[[str], None] = print,
+    runs: Iterable[Run] | None = None,
 ) -> dict[str, str]:
     """Executes the runs that are not done; one that fails does not stop the others.
 
+    Args:
+        study, out: the study and its folder.
+        jobs: number of runs at a time.
+        keep_checkpoints: whether to keep the checkpoints after measuring.
+        tell: prints a line on each run that ends.
+        runs: runs of the study; default: all but its tuning runs.
+
     Returns:
-        Reason of each failure, by run folder.
+        Reason of each failure, by run folder. That of a tuning run that diverged is a result, not a failure.
     """
-    runs = [run for run in study.runs(out) if not run.done or ((run.folder / LAST).exists() and not keep_checkpoints)]
+    runs = [
+        run
+        for run in (study.runs(out) if runs is None else runs)
+        if not ended(run) or ((run.folder / LAST).exists() and not keep_checkpoints)
+    ]
+    if not runs:
+        return {}
     if study.cluster is not None:
         return _on_cluster(study, out, runs, keep_checkpoints, tell)
     failed: dict[str, str] = {}
@@ -44,18 +62,19 @@ def execute(
         try:
             for number, future in enumerate(as_completed(futures), start=1):
                 run, why = futures[future], future.result()
-                if why:
+                if why and not diverged(run):
                     failed[str(run.folder)] = why
                 spent, left = time.monotonic() - start, len(runs) - number
                 under_way = min(jobs, left) / 2  # half done on average
                 rest = f", about {duration(spent / (number + under_way) * (left - under_way))} left" if left else ""
-                tell(plain(f"[{number}/{len(runs)}] {run.folder}: {_outcome(why)}{rest}"))
+                tell(plain(f"[{number}/{len(runs)}] {run.folder}: {_outcome(run, why)}{rest}"))
         except (KeyboardInterrupt, stopping.Stopped) as error:
             processes.children.stop_all(error.signum if isinstance(error, stopping.Stopped) else signal.SIGINT)
             pool.shutdown(cancel_futures=True)
             for run in futures.values():  # an interrupted process ends like one that failed
                 file = failure_file(run)
-                if str(run.folder) not in failed and file.is_file() and file.stat().st_mtime_ns != earlier.get(file):
+                new = file.is_file() and file.stat().st_mtime_ns != earlier.get(file)
+                if new and str(run.folder) not in failed and not diverged(run):
                     file.unlink()
             raise
     return failed
@@ -66,8 +85,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def _outcome(why: str | None) -> str:
-    return "done" if why is None else why if why.startswith("stopped by") else f"failed: {why}"
+def _outcome(run: Run, why: str | None) -> str:
+    if why is None or why.startswith("stopped by"):
+        return why or "done"
+    return f"{'diverged' if diverged(run) else 'failed'}: {why}"
 
 
 def execute_run(
@@ -88,8 +109,8 @@ def execute_run(
     """
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone(run, study) as lock:
-        why = None if run.done else _train_and_measure(run, study, os.environ if env is None else env, lock)
-        if run.done and not keep_checkpoints:  # also those of a process that outlived an interrupted study
+        why = None if ended(run) else _train_and_measure(run, study, os.environ if env is None else env, lock)
+        if ended(run) and not keep_checkpoints:  # also those of a process that outlived an interrupted study
             for checkpoint in (LAST, PREVIOUS):
                 remove_checkpoint(run.folder / checkpoint)
         return why
@@ -192,7 +213,7 @@ def _on_cluster(
         except Exception as error:  # of the cluster: out of memory, out of time
             why = f"{type(error).__name__}: {error}"
             record_failure(run, run.fit, why)
-        if why:
+        if why and not diverged(run):
             failed[str(run.folder)] = why
-        tell(plain(f"[{number}/{len(runs)}] {run.folder}: {_outcome(why)}"))
+        tell(plain(f"[{number}/{len(runs)}] {run.folder}: {_outcome(run, why)}"))
     return failed

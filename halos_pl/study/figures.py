@@ -276,7 +276,8 @@ def heat_map(results: Results, width: float = WIDTH) -> Figure | None:
     keys = [
         key
         for key in dict.fromkeys(key for arm in arms for key in arm.options)
-        if all(isinstance(arm.options.get(key), (int, float)) for arm in arms)
+        if not (results.study.tune and key == results.study.tune.option)
+        and all(isinstance(arm.options.get(key), (int, float)) for arm in arms)
         and len({arm.options[key] for arm in arms}) > 1
     ]
     metric = results.primary

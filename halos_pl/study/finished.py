@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,20 @@ def finished(study: Study, out: Path) -> tuple[dict[Run, Metrics], dict[Run, str
     Returns:
         the metrics of those that can be compared, and why each of the others is skipped.
     """
+    return comparable(study.runs(out), study.metrics)
+
+
+def comparable(runs: Iterable[Run], needed: Sequence[str]) -> tuple[dict[Run, Metrics], dict[Run, str]]:
+    """Those of the runs that are measured; returns as :func:`finished`.
+
+    Args:
+        runs: runs of a study that are measured in the same way.
+        needed: metrics that all runs must have on the same examples.
+    """
     measured: dict[Run, Metrics] = {
-        run: json.loads((run.folder / FILE).read_text(encoding="utf-8")) for run in study.runs(out) if run.measured
+        run: json.loads((run.folder / FILE).read_text(encoding="utf-8")) for run in runs if run.measured
     }
-    faults = _faults(study, measured)
+    faults = _faults(measured, needed)
     return {run: metrics for run, metrics in measured.items() if run not in faults}, faults
 
 
@@ -49,18 +59,18 @@ def config_of(run: Run) -> dict[str, Any]:
     return content or {}
 
 
-def _faults(study: Study, measured: dict[Run, Metrics]) -> dict[Run, str]:
+def _faults(measured: dict[Run, Metrics], needed: Sequence[str]) -> dict[Run, str]:
     """Why runs cannot be compared: measured before the end of training, made differently from most, values that are not
-    finite, or other examples than most."""
+    finite (except of tuning runs, where they rule out a value), or other examples than most."""
     short = {run: f"it was measured, but {why}" for run in measured if (why := shortfall(run.folder))}
     rest = {run: metrics for run, metrics in measured.items() if run not in short}
     faults = _made_otherwise(rest)
-    for metric in study.metrics:
+    for metric in needed:
         examples = {run: frozenset(metrics.get(metric, {})) for run, metrics in rest.items()}
         usual = Counter(examples.values()).most_common(1)[0][0] if examples else frozenset()
         for run, names in examples.items():
             lost = sum(not math.isfinite(value) for value in rest[run].get(metric, {}).values())
-            if lost:
+            if lost and not run.trial:
                 faults[run] = f"{metric} of {lost} of {len(names)} examples is not finite"
             elif not names and (count := trained_on(run.folder, metric)):
                 faults[run] = f"its training data contain {count} of {metric}"
@@ -80,7 +90,7 @@ def _made_otherwise(runs: Iterable[Run]) -> dict[Run, str]:
     arms: dict[str, list[Run]] = defaultdict(list)
     measured = {}
     for run in runs:
-        arms[run.arm.name].append(run)
+        arms[run.arm.title].append(run)
         how = {key: value for key, value in measured_how(run.folder).items() if key not in ("by", "step")}
         # A run that was trained on a benchmark's questions lacks that metric, which is reported as such.
         measured[run] = {k: json.dumps(v) for k, v in _leaves(how).items() if not k.endswith(".trained_on")}

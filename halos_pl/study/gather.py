@@ -18,11 +18,13 @@ from halos_pl.evaluation.files import measured_how
 from halos_pl.evaluation.metrics import BY_JUDGE
 from halos_pl.objective.halo import HALO
 from halos_pl.run_dir import CONFIG
+from halos_pl.study.choice import choices
 from halos_pl.study.finished import finished, summary
-from halos_pl.study.recorded import Figures, Key, Recorded
+from halos_pl.study.recorded import AMOUNTS, Figures, Key, Recorded
 from halos_pl.study.spec import Run, Study
 from halos_pl.study.state import PLAN, failure, state
 from halos_pl.study.trivial import baselines, by_length, held_out_records, starts_of
+from halos_pl.study.tuning import tuning_in
 from halos_pl.training.module import HALOModule
 from halos_pl.training.run_log import METRICS
 from halos_pl.training.trained import module_of_run
@@ -86,7 +88,21 @@ def describe(study: Study, out: Path) -> Recorded:
             ):
                 key = arm.name, of_arm[0].seed
                 values[key] = {**values[key], "value_function": curve}
-    return Recorded(values, _record(study, out, runs, done, faults) | {"verdicts": verdicts})
+    tuning = tuning_in(study, out)
+    trials = study.trials(out)
+    tuned = [run for run in trials if tuning.has(run)]
+    decisions = choices(study, tuning.means)
+    reasons = {each.arm: each.why_not for each in decisions if each.why_not}
+    why = faults | {run: reasons[run.arm.name] for run in runs if run.arm.name in reasons}
+    record = {
+        **_record(study, out, done, tuned),
+        "missing": _missing(trials, tuned, tuning.faults) + _missing(runs, done, why),
+        "verdicts": verdicts,
+    }
+    if study.tune is not None:
+        chosen = {each.arm: each.value for each in decisions}
+        record["tuning"] = {"option": study.tune.option, "examples": tuning.examples, "chosen": chosen}
+    return Recorded(values, record, tuning.means)
 
 
 def _training(run: Run, module: HALOModule | None) -> dict[str, dict[str, float]]:
@@ -94,6 +110,9 @@ def _training(run: Run, module: HALOModule | None) -> dict[str, dict[str, float]
     halo = module.objective.halo if module is not None else None
     beta = reward_scale(halo.value_function) if halo is not None else 1.0
     figures: dict[str, dict[str, float]] = {}
+    amounts = {**(summary(run).get("trained") or {}), "steps": summary(run).get("steps")}
+    if known := {key: float(amounts[key]) for key in AMOUNTS if amounts.get(key) is not None}:
+        figures["trained"] = known
     for name, column in TRAINING.items():
         scale = beta if name == "training/margin" else 1.0
         curve = {step: value / scale for step, value in _curve(run, column) if scale and math.isfinite(value / scale)}
@@ -129,28 +148,32 @@ def _value_curve(halo: HALO, runs: list[Figures]) -> dict[str, float]:
     return {repr(u): y for u, y in zip(grid.tolist(), v.tolist(), strict=True) if math.isfinite(y)}
 
 
-def _record(study: Study, out: Path, runs: list[Run], done: list[Run], faults: Mapping[Run, str]) -> dict[str, Any]:
-    """The contents of a report besides numbers."""
+def _record(study: Study, out: Path, done: list[Run], tuned: list[Run]) -> dict[str, Any]:
+    """The contents of a report besides numbers; ``tuned`` are the tuning runs that have ended."""
     plan = json.loads((out / PLAN).read_text(encoding="utf-8")) if (out / PLAN).is_file() else {}
-    missing = [
-        {
-            "run": str(run.folder),
-            "state": "skipped" if run in faults else state(run),
-            "error": faults.get(run) or (failure(run)["error"] if state(run) == "failed" else ""),
-        }
-        for run in runs
-        if run not in done
-    ]
     return {
         "study": plan.get("study", str(study.path)),
         "overrides": plan["overrides"] if plan else None if study.overrides is None else str(study.overrides),
         "out": str(out),
         "primary": plan.get("primary"),
+        "anyway": plan.get("anyway"),
         "starts": starts_of(done),
-        "missing": missing,
-        "made": _made(done),
-        "data": _data(done),
+        "made": _made(done + tuned),
+        "data": _data(done + tuned),
     }
+
+
+def _missing(runs: list[Run], used: list[Run], why: Mapping[Run, str]) -> list[dict[str, str]]:
+    """The runs that are not used, and why."""
+    states = {run: state(run) for run in runs if run not in used}
+    return [
+        {
+            "run": str(run.folder),
+            "state": "skipped" if run in why and run.measured else how,
+            "error": why.get(run) or (failure(run)["error"] if how == "failed" else ""),
+        }
+        for run, how in states.items()
+    ]
 
 
 def _data(runs: list[Run]) -> list[str]:

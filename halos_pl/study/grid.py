@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from halos_pl.study.spec import StudyError
+from halos_pl.study.tune import short_key, text_of
 
-#: The key of an arm that names config files.
-OBJECTIVE = "objective"
+#: The keys of an arm that are not options: of its config files, and of its own values of the tuned option.
+OBJECTIVE, TUNE = "objective", "tune"
 #: Path of a key in the study file.
 Place = tuple[Any, ...]
 
@@ -24,7 +24,7 @@ class GridPoint:
 
     Attributes:
         name: name of the arm.
-        settings: dotted options, and config files under ``objective``.
+        settings: dotted options, config files under ``objective``, and values to try under ``tune``.
         place: path of its key, for errors.
     """
 
@@ -35,7 +35,7 @@ class GridPoint:
     @property
     def options(self) -> dict[str, Any]:
         """The dotted options alone."""
-        return {key: value for key, value in self.settings.items() if key != OBJECTIVE}
+        return {key: value for key, value in self.settings.items() if key not in (OBJECTIVE, TUNE)}
 
     @property
     def configs(self) -> list[Any]:
@@ -116,11 +116,10 @@ def _sampled(
 def _label(values: Mapping[str, Any]) -> str:
     """A grid point in short: the last part of each key with its value; for the objective the value alone."""
 
-    def text_of(value: Any) -> str:
-        text = value if isinstance(value, str) else json.dumps(value)
+    def shown(value: Any) -> str:
+        text = text_of(value)
         return Path(text).stem if text.endswith(".yaml") else text
 
     return " ".join(
-        text_of(value) if key == OBJECTIVE else f"{key.rpartition('.')[2]}={text_of(value)}"
-        for key, value in values.items()
+        shown(value) if key == OBJECTIVE else f"{short_key(key)}={shown(value)}" for key, value in values.items()
     )

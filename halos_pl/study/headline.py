@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from halos_pl.common.messages import counted
 from halos_pl.evaluation.metrics import metric_of
+from halos_pl.study import tables
 from halos_pl.study.comparison import Comparison, ratio
 from halos_pl.study.digits import of_comparison, of_estimate
 from halos_pl.study.results import Results
@@ -38,6 +39,9 @@ def headline(results: Results) -> list[str]:
             f"The primary metric was changed from {planned} to {metric} after the study began: if it was chosen for its"
             " results, more than 5% of such claims are false."
         )
+    lines += [*tables.notes(results), *filter(None, [tables.differ(results)])]
+    if weak := results.record.get("anyway"):
+        lines.append(f"Before the first run, {weak}; it was run with --anyway.")
     if missing := len(results.runs) - len(results.done):
         lines.append(f"Missing: {missing} of {len(results.runs)} runs.")
     return lines

@@ -20,6 +20,7 @@ import value_functions
 from halos_pl.data.example import DataError
 from halos_pl.data.prompt_files import read_prompt_rows
 from halos_pl.data.prompts import TextPrompts
+from halos_pl.data.source import Source
 from halos_pl.data.template import template_of
 from halos_pl.evaluation.arguments import check_arguments, measuring
 from halos_pl.evaluation.evaluate import ARGUMENTS
@@ -27,6 +28,7 @@ from halos_pl.evaluation.judging import judged_by
 from halos_pl.evaluation.metrics import CODE, metric_of
 from halos_pl.evaluation.win_rates import win_rates_of
 from halos_pl.policy.spec import ModelError
+from halos_pl.study.apart import check_apart
 from halos_pl.study.held_out import check_held_out
 from halos_pl.study.planned_power import assumed
 from halos_pl.study.spec import Arm, Run, Study, StudyError
@@ -76,18 +78,20 @@ class Checked:
     """The pre-flight's results for a study.
 
     Attributes:
-        arms: results by arm.
+        arms: results by arm; if an option is tuned, by arm and value.
         examples: number of prompts that the primary metric is measured on.
         measuring: a record of the evaluation, see :func:`halos_pl.evaluation.arguments.measuring`.
+        validating: the same for the tuning runs; None if nothing is tuned.
     """
 
     arms: Mapping[str, CheckedArm]
     examples: int
     measuring: Mapping[str, Any]
+    validating: Mapping[str, Any] | None = None
 
     @property
     def digests(self) -> dict[str, str]:
-        """Digests by arm."""
+        """Digests by arm, or by arm and value."""
         return {name: arm.digest for name, arm in self.arms.items()}
 
 
@@ -96,7 +100,7 @@ def check(study: Study, line: CommandLine) -> Checked:
 
     Raises:
         StudyError: for the first arm that is not valid, two arms with the same config, and anything that cannot be
-            measured.
+            measured; and for a validation split that is not apart from the training data and the report's.
     """
     try:
         assumed(study)
@@ -104,25 +108,34 @@ def check(study: Study, line: CommandLine) -> Checked:
         raise StudyError(f"{study.places['power']}: power: {error}") from error
     arguments = evaluate_arguments(study, line)
     prompts = _check_evaluation(study, arguments)
+    validating = None
+    if study.tune is not None:
+        validating = evaluate_arguments(study.validation, line)
+        _check_evaluation(study.validation, validating)
+    trained_on: list[tuple[str, list[Source]]] = []
     arms: dict[str, CheckedArm] = {}
     by_digest: dict[str, Arm] = {}
     first: Any = None
     with _logged_once():
-        for arm in study.arms:
+        for arm in study.variants:
             cli, checked = _check_arm(study, arm, line)
             if other := by_digest.get(checked.digest):
                 raise StudyError(
-                    f"{study.path}:{arm.line}: arm {arm.name!r} resolves to the same config as arm {other.name!r}"
+                    f"{study.path}:{arm.line}: arm {arm.title!r} resolves to the same config as arm {other.title!r}"
                     f" (line {other.line}); change or remove one"
                 )
             by_digest[checked.digest] = arm
-            arms[arm.name] = checked
+            arms[arm.title] = checked
+            trained_on.append((arm.name, cli.datamodule.sources["train"]))
             first = first or cli
         held_out = check_held_out(study, arguments, first.model.tokenizer, first.datamodule)
+        if validating is not None:
+            check_held_out(study.validation, validating, first.model.tokenizer, first.datamodule)
+            check_apart(study.places["tune"], validating, arguments, trained_on)
     questions = _check_benchmarks(study, arguments, first)
     unit = metric_of(study.primary).unit
     examples = {"prompts": prompts, "questions": questions}.get(unit, held_out)
-    return Checked(arms, examples, measuring(arguments))
+    return Checked(arms, examples, measuring(arguments), None if validating is None else measuring(validating))
 
 
 def _check_benchmarks(study: Study, arguments: Mapping[str, Any], first: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,22 @@ from halos_pl.common.misplaced import misplaced, read_config
 from halos_pl.common.yaml_files import Lines, YAMLFileError
 from halos_pl.evaluation.evaluate import ARGUMENTS
 from halos_pl.evaluation.metrics import BY_JUDGE, CODE, METRICS, RATIOS, is_share
-from halos_pl.study.grid import OBJECTIVE, Place, grid
+from halos_pl.study.grid import OBJECTIVE, TUNE, GridPoint, Place, grid
+from halos_pl.study.read_tune import read_tune, seeds_of
 from halos_pl.study.spec import BEFORE, SHORTER, Arm, Study, StudyError
+from halos_pl.study.tune import UNDECIDED, Tune
 from halos_pl.tasks.options import task_names
 
 KEYS = (
     *("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "primary", "equivalence"),
-    *("power", "baseline", "cluster", "note"),
+    *("power", "baseline", "cluster", "tune", "note"),
 )
 #: Keys that a second file may replace: those of a study's scale, not of its question.
 REPLACEABLE = tuple(key for key in KEYS if key not in ("arms", "axes", "sample", "baseline"))
-#: Keys of ``power``: standard deviations, or the values of an earlier study.
-POWER = ("prompt_sd", "run_sd", "sampling_sd", "values")
+#: Keys of ``power``: standard deviations, or the values of an earlier study, and the difference to be found.
+POWER = ("prompt_sd", "run_sd", "sampling_sd", "values", "effect")
 #: The largest possible standard deviations for a share: of differences between -1 and 1, and of means between 0 and 1.
 MOST = {"prompt_sd": 1.0, "run_sd": 0.5, "sampling_sd": 1.0}
-#: The largest seed that Lightning takes.
-LAST_SEED = 2**32 - 1
 # Options that a study sets for each run, and what to do instead.
 PER_RUN = {
     "run_dir": "each run has its own folder below that of --out",
@@ -65,6 +66,7 @@ class _Reader:
         # The second file and its lines, by each key that it replaces.
         self.replaced: dict[str, tuple[Path, Lines]] = {}
         self.last_options: dict[str, Any] = {}
+        self.points: dict[str, GridPoint] = {}
         if overrides is not None:
             content, lines = self._read(overrides)
             self.replaced = {key: (overrides, lines) for key in content}
@@ -133,21 +135,27 @@ class _Reader:
             raise self.fault(f"baseline {baseline!r} is not an arm; the arms are {names}", "baseline")
         metrics = self._metrics(evaluate)
         primary = self._primary(metrics)
+        seeds, power = self._seeds(), self._power(primary)
+        tune = self._tune(arms, seeds, evaluate, primary)
+        if tune is not None:
+            arms = [replace(arm, candidate=UNDECIDED) for arm in arms]
         return Study(
             path=self.path,
             arms=tuple(arms),
-            seeds=self._seeds(),
+            seeds=seeds,
             evaluate=evaluate,
             metrics=metrics,
             primary=primary,
             equivalence=self._equivalence(primary),
-            power=self._power(primary),
+            power=power,
             baseline=baseline,
             cluster=self.get("cluster", dict, None),
+            tune=tune,
             note=self.get("note", str, ""),
             overrides=self.overrides,
-            places={key: self.where(key) for key in ("evaluate", "metrics", "cluster", "power")}
-            | {key: self.where("evaluate", key) for key in (*CODE, "prompts", "held_out", "win_rate")},
+            places={key: self.where(key) for key in ("evaluate", "metrics", "cluster", "power", "tune")}
+            | {key: self.where("evaluate", key) for key in (*CODE, "prompts", "held_out", "win_rate")}
+            | {"effect": self.where(*(("power", "effect") if "effect" in power else ("equivalence",)))},
         )
 
     def _arms(self) -> list[Arm]:
@@ -160,6 +168,7 @@ class _Reader:
             self.content.get("baseline"),
             self.fault,
         )
+        self.points = {point.name: point for point in points}
         arms = [
             Arm(
                 point.name,
@@ -205,14 +214,27 @@ class _Reader:
         return tuple(f"objectives/{name}" if name in shipped else name for name in names)
 
     def _seeds(self) -> tuple[int, ...]:
-        seeds = self.get("seeds", list, [0])
-        if not seeds or any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in seeds):
-            raise self.fault(f"seeds is {seeds}; it takes a list of whole numbers from 0", "seeds")
-        if max(seeds) > LAST_SEED:
-            raise self.fault(f"seeds is {seeds}; a seed is at most {LAST_SEED}", "seeds")
-        if len(set(seeds)) < len(seeds):
-            raise self.fault(f"seeds is {seeds}: a seed is listed twice", "seeds")
-        return tuple(seeds)
+        return seeds_of(self.get("seeds", list, [0]), "seeds", self.fault, "seeds")
+
+    def _tune(self, arms: list[Arm], seeds: tuple[int, ...], evaluate: Mapping[str, Any], primary: str) -> Tune | None:
+        given = self.get("tune", dict, None)
+        if given is None:
+            for point in self.points.values():
+                if TUNE in point.settings:
+                    why = f"arm {point.name!r} has values to try, but the study has no tune, which names their option"
+                    raise self.fault(why, *point.place, TUNE)
+            return None
+        option = given.get("option")
+        fixed = {"options": {**self.get("options", dict, {}), **self.last_options}, "axes": self.get("axes", dict, {})}
+        for key, some in fixed.items():
+            if isinstance(option, str) and option in some:
+                raise self.fault(f"{option} is tuned, but {key} sets it too; remove one", key, option)
+        tune = read_tune(given, self.points, seeds, evaluate, primary, self.fault)
+        for arm in arms:
+            values = tune.values[arm.name]
+            if len({arm.at(tune.option, value).folder for value in values}) < len(values):
+                raise self.fault(f"two values to try of arm {arm.name!r} would share a folder; change one", "tune")
+        return tune
 
     def _metrics(self, evaluate: Mapping[str, Any]) -> tuple[str, ...]:
         metrics = self.get("metrics", list, [])
@@ -261,21 +283,22 @@ class _Reader:
         value = self.content.get("equivalence")
         if value is None:
             return None
-        margin = self._number(value, "equivalence", "equivalence", above=1 if primary in RATIOS else 0)
-        if is_share(primary) and margin >= 1:
-            raise self.fault(f"equivalence is {value!r}; {primary} is a share, so it must be below 1", "equivalence")
-        return margin
+        return self._size(value, "equivalence", primary, "equivalence")
 
     def _power(self, primary: str) -> dict[str, Any]:
         settings: dict[str, Any] = self.get("power", dict, None) or {}
         for key in settings:
             if key not in POWER:
                 raise self.fault(f"unknown key {key!r} of power; it takes {', '.join(POWER)}", "power", key)
+        effect = {}
+        if "effect" in settings:
+            effect = {"effect": self._size(settings["effect"], "power.effect", primary, "power", "effect")}
+            settings = {key: value for key, value in settings.items() if key != "effect"}
         if "values" in settings:
             if len(settings) > 1 or not isinstance(settings["values"], str):
-                why = "power takes values (path of an earlier study's values.csv.gz) alone, or prompt_sd and run_sd"
+                why = "power takes values (path of an earlier study's values.csv.gz), or prompt_sd and run_sd"
                 raise self.fault(why, "power", "values")
-            return settings
+            return settings | effect
         if settings and not {"prompt_sd", "run_sd"} <= set(settings):
             raise self.fault(f"power has {', '.join(settings)}; it takes prompt_sd and run_sd together", "power")
         deviations = {key: self._number(value, f"power.{key}", "power", key) for key, value in settings.items()}
@@ -285,4 +308,11 @@ class _Reader:
                 raise self.fault(f"{why}: 12 points are 0.12", "power", key)
         if deviations and not any(deviations.values()):
             raise self.fault("power states that nothing varies; prompt_sd or run_sd must be above 0", "power")
-        return deviations
+        return deviations | effect
+
+    def _size(self, value: Any, name: str, primary: str, *place: str) -> float:
+        """A difference in the primary metric: a factor for metrics in RATIOS."""
+        size = self._number(value, name, *place, above=1 if primary in RATIOS else 0)
+        if is_share(primary) and size >= 1:
+            raise self.fault(f"{name} is {value!r}; {primary} is a share, so it must be below 1", *place)
+        return size

@@ -3,11 +3,14 @@
 ``values.csv.gz`` has one line per number: ``run, arm, seed, metric, example, value``. Values are read back exactly, and
 equal values give equal bytes. Besides the metrics of ``halos evaluate``, it contains, for the figures,
 
+- ``trained``: the ``rows``, ``tokens`` and optimizer ``steps`` that a run was trained on;
 - ``training/...``: a training figure, whose example is the optimizer step;
 - ``outcome/desirable`` and ``outcome/undesirable``: outcomes u = r - z0 of the last rows, in nats;
 - ``value_function``: v at u, whose example is u in nats.
 
-Lines without a seed belong to baselines that are not arms, such as the model before training.
+Tuning runs have lines of their own, ``tune/METRIC``: the mean on the validation split, whose example is the value of
+the tuned option; NaN if the run diverged. Lines without a seed belong to baselines that are not arms, such as the model
+before training.
 """
 
 from __future__ import annotations
@@ -28,12 +31,17 @@ from typing import Any
 
 from halos_pl.common.files import write
 from halos_pl.common.messages import counted
+from halos_pl.study.choice import Trials
 from halos_pl.study.spec import Study, StudyError
+from halos_pl.study.tune import text_of
 
 VALUES = "values.csv.gz"
 RECORD = "record.json"
 DIGEST = "values_sha256"  #: key of the record: the digest of the text in ``values.csv.gz``
 COLUMNS = ("run", "arm", "seed", "metric", "example", "value")
+
+#: What a run was trained on, by example of ``trained``.
+AMOUNTS = {"rows": "rows", "tokens": "tokens", "steps": "optimizer steps"}
 
 #: Values by metric and example.
 Figures = Mapping[str, Mapping[str, float]]
@@ -49,10 +57,12 @@ class Recorded:
         values: numbers by run, metric and example, of runs that can be compared.
         record: the study's file, verdicts of ``halos check``, revisions, digests and missing runs; empty without
             ``record.json``.
+        trials: what the tuning runs have shown, apart from ``values``.
     """
 
     values: Mapping[Key, Figures]
     record: Mapping[str, Any] = field(default_factory=dict)
+    trials: Trials = field(default_factory=dict)
 
 
 def write_recorded(recorded: Recorded, study: Study, out: Path) -> None:
@@ -60,7 +70,7 @@ def write_recorded(recorded: Recorded, study: Study, out: Path) -> None:
 
     Earlier files with runs that are missing now are kept under another name.
     """
-    folders = {arm.name: arm.folder for arm in study.arms}
+    folders = {(run.arm.name, run.seed): run.folder.as_posix() for run in study.runs(Path())}
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(COLUMNS)
@@ -68,9 +78,15 @@ def write_recorded(recorded: Recorded, study: Study, out: Path) -> None:
         if seed is None:
             run, shown = re.sub(r"\W+", "_", name), ""
         else:
-            run, shown = f"{folders[name]}/seed-{seed}", str(seed)
+            run, shown = folders[name, seed], str(seed)
         for metric, values in figures.items():
             lines.writerows((run, name, shown, metric, example, repr(value)) for example, value in values.items())
+    for trial in study.trials(Path()):
+        value = text_of(trial.arm.options[study.tune.option]) if study.tune else ""
+        mean = recorded.trials.get((trial.arm.name, trial.seed), {}).get(value)
+        if study.tune and mean is not None:
+            of = (trial.folder.as_posix(), trial.arm.name, str(trial.seed))
+            lines.writerow((*of, study.tune.column, value, repr(mean)))
     content = text.getvalue().encode()
     packed = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0, compresslevel=9) as file:
@@ -86,7 +102,7 @@ def write_recorded(recorded: Recorded, study: Study, out: Path) -> None:
 def _keep_lost(recorded: Recorded, out: Path) -> None:
     """Renames both files if they contain runs that are missing now, as after a folder was removed."""
     path = out / VALUES
-    new = {(name, str(seed)) for name, seed in recorded.values if seed is not None}
+    new = {(name, str(seed)) for name, seed in (*recorded.values, *recorded.trials) if seed is not None}
     try:
         with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
             old = {(line["arm"], line["seed"]) for line in csv.DictReader(file) if line["seed"]}
@@ -120,6 +136,12 @@ def read_recorded(study: Study, out: Path) -> Recorded:
         return Recorded({})
     runs: dict[Key, dict[str, dict[str, float]]] = {}
     planned = {(arm.name, seed) for arm in study.arms for seed in study.seeds}
+    tried: dict[tuple[str, int], list[str]] = {}
+    column = None
+    if study.tune is not None:
+        column = study.tune.column
+        texts = {name: [*map(text_of, values)] for name, values in study.tune.values.items()}
+        tried = {(arm.name, seed): texts[arm.name] for arm in study.arms for seed in study.tune.seeds}
     try:
         with gzip.open(path, "rb") as packed:
             content = packed.read()
@@ -130,7 +152,10 @@ def read_recorded(study: Study, out: Path) -> Recorded:
             for line in lines:
                 place = f"{path}:{lines.line_num}"
                 key = (line["arm"], int(line["seed"]) if line["seed"] else None)
-                if key[1] is not None and key not in planned:
+                if key in tried and (line["metric"] != column or line["example"] not in tried[key]):
+                    what = f"{line['metric']} at {line['example']!r}"
+                    raise StudyError(f"{place}: the study does not tune arm {key[0]!r} by {what}")
+                if key[1] is not None and key not in planned | tried.keys():
                     raise StudyError(f"{place}: the study has no arm {key[0]!r} with seed {key[1]}")
                 values = runs.setdefault(key, {}).setdefault(line["metric"], {})
                 value = float(line["value"])
@@ -143,6 +168,7 @@ def read_recorded(study: Study, out: Path) -> Recorded:
         if isinstance(error, StudyError):
             raise
         raise StudyError(f"{path} cannot be read: {error}") from error
+    trials = {key: means for key in tried for means in runs.pop(key, {}).values()}
     _check_examples(runs, study, path)
     ordered: dict[Key, Figures] = {}
     for arm in study.arms:
@@ -160,7 +186,7 @@ def read_recorded(study: Study, out: Path) -> Recorded:
             f"{path} is not the file that {note} was written with: its SHA-256 differs. Restore both; or, if the values"
             f" were changed on purpose, remove {note}, and the report states that their origin is not recorded"
         )
-    return Recorded(ordered, record)
+    return Recorded(ordered, record, trials)
 
 
 def _check_examples(runs: Mapping[Key, Figures], study: Study, path: Path) -> None:

@@ -18,6 +18,7 @@ from halos_pl.common.files import write
 from halos_pl.common.messages import counted, plain
 from halos_pl.evaluation.metrics import PER_TOKEN, RATIOS, is_share, metric_of
 from halos_pl.provenance import NO_CHECKOUT
+from halos_pl.study import tables
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.digits import decimals, number, of_comparison, of_estimate, p_value, short
 from halos_pl.study.drawing import NARROW, png
@@ -179,20 +180,22 @@ def content(results: Results) -> dict[str, Any]:
     names = [study, *(["--overrides", overrides] if overrides else [])]
     if out != default_folder(study, overrides):
         names += ["--out", str(out)]
+    names += ["--anyway"] if record.get("anyway") else []
     tested = any(c.margin is not None for c in results.comparisons(results.primary).values())
     method = "Bonferroni, since equivalence is tested too" if tested else "Holm 1979"
     family = SEVERAL.format(method=method) if len(results.study.arms) > 1 else ALONE
-    tables = [_table(results, metric) for metric in results.study.metrics]
-    rows = [row["arm"] for row in tables[0]["rows"]]
+    metrics = [_table(results, metric) for metric in results.study.metrics]
+    rows = [row["arm"] for row in metrics[0]["rows"]]
     verdicts = record.get("verdicts", {})
+    planned = [run for run in (*results.study.trials(out), *results.study.runs(out)) if run.arm.decided]
     unrecorded = [run for run in results.runs if run not in results.done] if not record else []
     return {
         "title": Path(study).stem.replace("_", " ") if record else results.out.resolve().name.replace("_", " "),
-        "overview": [(name, [table["rows"][i] for table in tables]) for i, name in enumerate(rows)],
+        "overview": [(name, [table["rows"][i] for table in metrics]) for i, name in enumerate(rows)],
         "note": results.study.note,
         "headline": first_line(results),
         "details": headline(results),
-        "tables": tables,
+        "tables": metrics,
         "methods": METHODS.format(family=family),
         "versus": results.baseline.name if len(results.study.arms) > 1 else BEFORE,
         "several": len(results.study.arms) > 1,
@@ -212,9 +215,11 @@ def content(results: Results) -> dict[str, Any]:
             *({"run": str(run.folder), "state": "not recorded", "error": ""} for run in unrecorded),
         ],
         "command": command(["ablate", *names]),
-        "commands": [(command(run.fit), command(results.study.evaluation(run))) for run in results.study.runs(out)],
+        "commands": [(command(run.fit), command(results.study.evaluation(run))) for run in planned],
         "curves": [f"{curve.title}, {curve.unit}" for curve in CURVES.values()],
         "ends": _ends(results),
+        "tuning": tables.tuning(results),
+        "trained": tables.trained(results),
         "made": [_made(by) for by in record.get("made", [])],
         "data": record.get("data", []),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from halos_pl.evaluation.metrics import RATIOS, is_share, metric_of
+from halos_pl.study.choice import choices, tuned
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.decisions import compare
 from halos_pl.study.gather import describe, gather
@@ -18,6 +19,7 @@ from halos_pl.study.recorded import Recorded, read_recorded, write_recorded
 from halos_pl.study.run_variance import Runs
 from halos_pl.study.spec import BEFORE, Arm, Run, Study
 from halos_pl.study.statistics import Estimate, Values, estimate
+from halos_pl.study.tuning import tuning_in
 
 #: Comparisons by name of the arm.
 Compared = dict[str, Comparison]
@@ -26,6 +28,9 @@ Compared = dict[str, Comparison]
 class Results:
     """The finished runs of a study.
 
+    Means, tests and figures are of the study's seeds alone: what tuning runs have shown only chooses the values of the
+    tuned option.
+
     Args:
         study: the study.
         out: its folder.
@@ -33,24 +38,26 @@ class Results:
     """
 
     def __init__(self, study: Study, out: Path, recorded: Recorded | None = None) -> None:
-        self.study, self.out = study, out
-        self.runs = study.runs(out)
+        self.out = out
+        self.has_runs = any(run.folder.is_dir() for run in study.possible_runs(out))
         #: Why a measured run is skipped.
         self.faults: dict[Run, str] = {}
         if recorded is None and self.has_runs:
-            values, self.faults = gather(study, out)
-            recorded = Recorded(values)
+            tuning = tuning_in(study, out)
+            values, faults = gather(tuned(study, tuning.means), out)
+            self.faults = {**tuning.faults, **faults}
+            recorded = Recorded(values, trials=tuning.means)
         recorded = recorded or read_recorded(study, out)
+        #: The study, whose arms have their chosen values.
+        self.study = tuned(study, recorded.trials)
+        #: The choice of each arm; empty if nothing is tuned.
+        self.choices = choices(study, recorded.trials)
+        self.runs = self.study.runs(out)
         self._values = recorded.values
         #: The record beside the values; empty for runs that are not recorded yet.
         self.record = recorded.record
         #: Runs that are trained and measured and can be compared.
         self.done = [run for run in self.runs if (run.arm.name, run.seed) in self._values]
-
-    @property
-    def has_runs(self) -> bool:
-        """Whether any run has a folder, finished or not."""
-        return any(run.folder.is_dir() for run in self.runs)
 
     def recorded(self) -> Results:
         """The same results, from ``values.csv.gz`` and ``record.json`` alone.
@@ -218,9 +225,15 @@ class Results:
         tested = more is not None and bool(comparisons) and not untested
         return tested and not any((c.effect > c.null) == more for c in sure)
 
-    def figures(self, arm: Arm, metric: str) -> list[Mapping[str, float]]:
-        """For each finished seed of an arm: the values of a metric, such as a training figure by step."""
-        by_seed = [self._values[arm.name, seed].get(metric, {}) for seed in self.seeds(arm)]
+    def figures(self, arm: Arm, metric: str, seeds: Container[int] | None = None) -> list[Mapping[str, float]]:
+        """For each finished seed of an arm: the values of a metric, such as a training figure by step.
+
+        Args:
+            arm, metric: the arm and the metric.
+            seeds: seeds to keep; default: all.
+        """
+        kept = [seed for seed in self.seeds(arm) if seeds is None or seed in seeds]
+        by_seed = [self._values[arm.name, seed].get(metric, {}) for seed in kept]
         return [each for each in by_seed if each]
 
     @property

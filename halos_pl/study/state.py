@@ -11,6 +11,8 @@ from halos_pl.study.spec import Run, command
 
 #: Files in a study's folder: copies of the study's files, and its plan.
 STUDY, OVERRIDES, PLAN = "study.yaml", "overrides.yaml", "plan.json"
+#: Names of the errors, in the messages of commands, that end a run at a number that is not finite.
+NON_FINITE = ("NonFiniteLossError", "NonFiniteWeightsError", "NonFiniteLogProbError")
 
 
 def failure_file(run: Run) -> Path:
@@ -31,10 +33,22 @@ def failure(run: Run) -> dict[str, str]:
     return content
 
 
+def diverged(run: Run) -> bool:
+    """Whether a tuning run was ended by a number that is not finite, which rules out its value of the option."""
+    return run.trial and failure_file(run).is_file() and any(name in failure(run)["error"] for name in NON_FINITE)
+
+
+def ended(run: Run) -> bool:
+    """Whether nothing is left to do for a run."""
+    return run.done or diverged(run)
+
+
 def state(run: Run) -> str:
-    """``done``, ``failed``, ``stopped`` by a signal, ``begun`` or ``waiting``."""
+    """``done``, ``diverged`` (a tuning run), ``failed``, ``stopped`` by a signal, ``begun`` or ``waiting``."""
     if run.done:
         return "done"
+    if diverged(run):
+        return "diverged"
     if failure_file(run).is_file():
         return "failed"
     if (run.folder / SUMMARY).is_file() and shortfall(run.folder):

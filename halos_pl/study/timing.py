@@ -19,26 +19,32 @@ from halos_pl.run_dir import SUMMARY
 from halos_pl.study import processes
 from halos_pl.study.execute import duration
 from halos_pl.study.preflight import Checked
-from halos_pl.study.spec import Run, Study, command
+from halos_pl.study.spec import Arm, Run, Study, command
+from halos_pl.study.state import ended
 
 FOLDER = "timed_step"
 
 
-def timed_step(study: Study, out: Path, env: Mapping[str, str]) -> tuple[float, float] | None:
+def timed_step(runs: list[Run], out: Path, env: Mapping[str, str]) -> tuple[float, float] | None:
     """Times two steps of the first unfinished arm whose steps do not fail.
+
+    Args:
+        runs: the runs of a study.
+        out: its folder.
+        env: environment of the process.
 
     Returns:
         Seconds of a step, and of starting a run; None, with a message, if all of them fail.
     """
     folder = out / FOLDER
     log = out / f"{FOLDER}.{processes.LOG}"
-    unfinished = {run.arm.name: run.arm for run in study.runs(out) if not run.done}
+    unfinished = {run.arm.title: run for run in runs if run.arm.decided and not ended(run)}
     with Lease(out / f"{FOLDER}.lease").held():
-        for arm in unfinished.values():
+        for run in unfinished.values():
             log.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)  # left by a study that was stopped
             start = time.monotonic()
-            words = [*arm.words(folder, study.seeds[0]), "--trainer.max_steps=2"]
+            words = [*run.arm.words(folder, run.seed), "--trainer.max_steps=2"]
             status = processes.run_command(words, log, env)
             if not status:
                 total = time.monotonic() - start
@@ -46,7 +52,7 @@ def timed_step(study: Study, out: Path, env: Mapping[str, str]) -> tuple[float, 
                 shutil.rmtree(folder)
                 return training / 2, total - training
             why = plain(processes.last_words(log, 0, status))
-            print(f"halos: two steps of arm {arm.name!r} fail: {why}", file=sys.stderr)
+            print(f"halos: two steps of arm {run.arm.title!r} fail: {why}", file=sys.stderr)
     return None
 
 
@@ -54,30 +60,38 @@ def show_plan(study: Study, checked: Checked, runs: list[Run], times: tuple[floa
     """Prints the arms, their commands, and how long the study may take.
 
     Args:
-        study, checked, runs: the study, its pre-flight and its runs.
+        study, checked, runs: the study, its pre-flight and its runs, tuning runs included.
         times: seconds of a step and of a start; None if unknown.
         jobs: number of runs at a time.
     """
     console = Console()
-    table = Table(
-        title=f"{escape(plain(study.path))}: {counted(len(study.arms), 'arm')} x {counted(len(study.seeds), 'seed')}",
-        title_justify="left",
-    )
+    title = f"{study.path}: {counted(len(study.arms), 'arm')} x {counted(len(study.seeds), 'seed')}"
+    trials = [run for run in runs if run.trial]
+    if study.tune is not None:
+        title += f", after {counted(len(trials), 'tuning run')} that choose {study.tune.option} of each arm"
+    table = Table(title=escape(plain(title)), title_justify="left")
     for column in ("arm", "steps", "command of its first run"):
         table.add_column(column, overflow="fold")
     for arm in study.arms:
-        first = next(run for run in runs if run.arm is arm)
-        steps = str(checked.arms[arm.name].steps)
+        first = next(run for run in runs if run.arm.name == arm.name and run.arm.decided)
+        steps = str(_steps(study, checked, arm))
         table.add_row(escape(plain(arm.name)), steps, escape(plain(command(first.fit))))
     console.print(table)
-    unfinished = [run for run in runs if not run.done]
+    unfinished = [run for run in runs if not ended(run)]
     summary = f"{counted(len(runs), 'run')}, {len(runs) - len(unfinished)} already done"
     if times is not None:
         step, start = times
-        total = sum(start + step * checked.arms[run.arm.name].steps for run in unfinished)
+        total = sum(start + step * _steps(study, checked, run.arm) for run in unfinished)
         summary += f"; a step takes {_two_digits(step)} s, a start {start:.0f} s: about"
         summary += f" {duration(total / max(1, min(jobs, len(unfinished))))} with {jobs} at a time, without measuring"
     console.print(f"{summary}.", highlight=False)
+
+
+def _steps(study: Study, checked: Checked, arm: Arm) -> int:
+    """Optimizer steps of an arm; the most of any value that it tries if it is not decided."""
+    if arm.decided:
+        return checked.arms[arm.title].steps
+    return max(checked.arms[each.title].steps for each in study.variants if each.name == arm.name)
 
 
 def _two_digits(seconds: float) -> str:

@@ -1,0 +1,86 @@
+"""Checks that a validation split shares no prompt with the training data and with those of the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from halos_pl.common.messages import counted
+from halos_pl.data.example import DataError, Example, Prompt
+from halos_pl.data.prompt_files import read_prompt_rows
+from halos_pl.data.read import read
+from halos_pl.data.source import Source
+from halos_pl.data.sources import sources_of
+from halos_pl.study.spec import StudyError
+
+#: Number of rows that an error names.
+SHOWN = 3
+
+
+def check_apart(
+    place: str, validation: Mapping[str, Any], arguments: Mapping[str, Any], trained_on: list[tuple[str, list[Source]]]
+) -> None:
+    """Refuses a validation split that shares a prompt with other data: an example is everything about one prompt.
+
+    Args:
+        place: file and line of ``tune``.
+        validation: arguments of ``halos evaluate`` for the tuning runs.
+        arguments: those for the report.
+        trained_on: sources of the training data by arm.
+
+    Raises:
+        StudyError: names the rows.
+    """
+    own: dict[str, str] = {}
+    seen: list[list[Source]] = []
+    try:
+        for key, row in _prompts_of(validation):
+            own.setdefault(key, row)
+        _refuse(place, own, _prompts_of(arguments), "the data of the report (evaluate)")
+        for arm, sources in trained_on:
+            if sources not in seen:
+                seen.append(sources)
+                _refuse(place, own, _prompts_in(sources), f"the training data of arm {arm!r}")
+    except (DataError, OSError) as error:
+        raise StudyError(f"{place}: tune: {error}") from error
+
+
+def _refuse(place: str, own: Mapping[str, str], others: Iterator[tuple[str, str]], what: str) -> None:
+    shared: dict[str, str] = {}
+    for key, row in others:
+        if key in own:
+            shared.setdefault(own[key], row)
+    if shared:
+        rows = [f"{mine} (there {other})" for mine, other in [*shared.items()][:SHOWN]]
+        more = f" and {len(shared) - SHOWN} more" if len(shared) > SHOWN else ""
+        number = f"{counted(len(shared), 'prompt')} of its validation data {'is' if len(shared) == 1 else 'are'}"
+        raise StudyError(
+            f"{place}: tune: {number} also in {what}: {', '.join(rows)}{more}; remove these rows on one side"
+        )
+
+
+def _prompts_of(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The prompts of an evaluation's held-out data and prompt file, with the names of their rows."""
+    yield from _prompts_in(sources_of("predict", arguments["held_out"]))
+    if arguments["prompts"]:
+        for row in read_prompt_rows(Path(arguments["prompts"]), "plain", arguments["prompt_column"]):
+            yield _key(row.prompt), row.place
+
+
+def _prompts_in(sources: list[Source]) -> Iterator[tuple[str, str]]:
+    for source in sources:
+        for item in read(source):
+            if isinstance(item, Example):
+                yield _key(item.prompt), item.row_id
+
+
+def _key(prompt: Prompt) -> str:
+    """A text that is equal for equal prompts: a text equals a conversation with that text as its only message."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return json.dumps([(turn.get("role"), _text(turn.get("content"))) for turn in turns], ensure_ascii=False)
+
+
+def _text(content: Any) -> str:
+    return content.strip() if isinstance(content, str) else json.dumps(content, ensure_ascii=False, sort_keys=True)

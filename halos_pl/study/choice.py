@@ -1,0 +1,95 @@
+"""The choice of each arm's value of the tuned option, from the tuning runs alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from halos_pl.common.messages import counted
+from halos_pl.evaluation.metrics import metric_of
+from halos_pl.study.tune import Tune, Value, is_numeric, short_key, text_of
+
+if TYPE_CHECKING:
+    from halos_pl.study.spec import Study
+
+#: Means on the validation split by arm and seed, and by value of the option as text; NaN if a run diverged.
+Trials = Mapping[tuple[str, int], Mapping[str, float]]
+#: Means whose relative difference is below this are tied: they differ by rounding.
+TIE = 1e-9
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the tuning runs of an arm have shown.
+
+    Attributes:
+        arm: name of the arm.
+        option: the tuned option.
+        curve: for each value that the arm tries, the mean of the metric for each finished seed.
+        planned: number of seeds of each value.
+        value: the chosen value; None if there is none (yet).
+        edge: ``smallest`` or ``largest`` if the chosen value is at that end of the arm's numbers, otherwise empty.
+    """
+
+    arm: str
+    option: str
+    curve: Mapping[Value, tuple[float, ...]]
+    planned: int
+    value: Value | None
+    edge: str
+
+    @property
+    def at_edge(self) -> str:
+        """A sentence if the best value is at the edge of the grid, where a better one may lie beyond it; or empty."""
+        what = f"{short_key(self.option)} of {self.arm}, {text_of(self.value)}"
+        return f"The best {what}, is the {self.edge} tried: widen the grid." if self.edge else ""
+
+    @property
+    def why_not(self) -> str:
+        """Why no value is chosen; empty if one is."""
+        if self.value is not None:
+            return ""
+        missing = sum(self.planned - len(each) for each in self.curve.values())
+        if missing:
+            return f"it is not tuned yet: {missing} of {self.planned * len(self.curve)} tuning runs are missing"
+        return f"none of its {counted(len(self.curve), 'value')} can be chosen: each has a run that diverged"
+
+
+def choose(tune: Tune, arm: str, trials: Trials) -> Choice:
+    """The value with the best mean over all seeds, once all tuning runs of the arm have ended.
+
+    A value with a NaN is never chosen. Of values with the same mean, the first is: the smallest number.
+    """
+    by_seed = [trials.get((arm, seed), {}) for seed in tune.seeds]
+    curve = {
+        value: tuple(each[text_of(value)] for each in by_seed if text_of(value) in each) for value in tune.values[arm]
+    }
+    best: Value | None = None
+    if all(len(each) == len(tune.seeds) for each in curve.values()):
+        sign = 1 if metric_of(tune.metric).higher_is_better else -1
+        means = {value: sign * fmean(each) for value, each in curve.items()}
+        finite = {value: mean for value, mean in means.items() if math.isfinite(mean)}
+        top = max(finite.values(), default=math.nan)
+        best = next((value for value, mean in finite.items() if math.isclose(mean, top, rel_tol=TIE)), None)
+    values = [*curve]
+    ends: dict[Value, str] = {values[0]: "smallest", values[-1]: "largest"} if is_numeric(values) else {}
+    return Choice(arm, tune.option, curve, len(tune.seeds), best, "" if best is None else ends.get(best, ""))
+
+
+def choices(study: Study, trials: Trials) -> list[Choice]:
+    """The choice of each arm; empty if the study tunes nothing."""
+    return [] if study.tune is None else [choose(study.tune, arm.name, trials) for arm in study.arms]
+
+
+def tuned(study: Study, trials: Trials) -> Study:
+    """The study whose arms have their chosen values; an arm without a choice stays undecided."""
+    if (tune := study.tune) is None:
+        return study
+    arms = [
+        arm if choice.value is None else arm.at(tune.option, choice.value)
+        for arm, choice in zip(study.arms, choices(study, trials), strict=True)
+    ]
+    return replace(study, arms=tuple(arms))

@@ -1,0 +1,98 @@
+"""Tables of a report besides the metrics: the tuning, and what the arms were trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from halos_pl.common.messages import counted
+from halos_pl.evaluation.metrics import metric_of
+from halos_pl.study.choice import Choice
+from halos_pl.study.digits import short
+from halos_pl.study.recorded import AMOUNTS
+from halos_pl.study.results import Results
+from halos_pl.study.tune import is_numeric, text_of
+
+
+def tuning(results: Results) -> dict[str, Any] | None:
+    """The curve of each arm and its chosen value; None if the study tunes nothing."""
+    if (tune := results.study.tune) is None:
+        return None
+    values = list(dict.fromkeys(value for choice in results.choices for value in choice.curve))
+    values = sorted(values, key=float) if is_numeric(values) else values
+    examples = results.record.get("tuning", {}).get("examples")
+    split = f"a validation split of {counted(examples, 'prompt')}" if examples else "a validation split"
+    better = "highest" if metric_of(tune.metric).higher_is_better else "lowest"
+    seeds = f"seed{'s' * (len(tune.seeds) > 1)} {', '.join(map(str, tune.seeds))}"
+    return {
+        "what": f"For each arm, the value of {tune.option} with the {better} mean {tune.metric} ({seeds}) on {split},"
+        " which nothing else in this report uses. Of equal means the first is chosen; a value with a run that diverged"
+        " is never chosen.",
+        "values": [text_of(value) for value in values],
+        "rows": [
+            {"arm": choice.arm, "cells": [_cell(choice, value) for value in values]} for choice in results.choices
+        ],
+        "notes": notes(results),
+    }
+
+
+def _cell(choice: Choice, value: Any) -> dict[str, Any]:
+    """A point of an arm's curve: the mean over seeds, and each seed."""
+    each = choice.curve.get(value)
+    if each is None:
+        text = "not tried"
+    elif len(each) < choice.planned:
+        text = "missing"
+    elif not all(map(math.isfinite, each)):
+        text = "diverged"
+    else:
+        text = short(fmean(each)) + (f" ({', '.join(map(short, each))})" if len(each) > 1 else "")
+    return {"text": text, "chosen": choice.value is not None and value == choice.value}
+
+
+def notes(results: Results) -> list[str]:
+    """A sentence for each arm whose choice is at the edge of its values, and for each without a choice."""
+    lines = [choice.at_edge or (choice.why_not and f"{choice.arm}: {choice.why_not}.") for choice in results.choices]
+    return [line for line in lines if line]
+
+
+def trained(results: Results) -> dict[str, Any] | None:
+    """The rows, tokens and optimizer steps that each arm was trained on; None if no run has recorded them."""
+    found = {arm.name: results.figures(arm, "trained") for arm in results.ranked}
+    if not any(found.values()):
+        return None
+    cells = {
+        name: {key: sorted({run[key] for run in runs if key in run}) for key in AMOUNTS} for name, runs in found.items()
+    }
+    return {
+        "heads": [*AMOUNTS.values()],
+        "rows": [{"arm": name, "figures": [_range(each[key]) for key in AMOUNTS]} for name, each in cells.items()],
+        "differ": differ(results),
+    }
+
+
+def differ(results: Results) -> str:
+    """A sentence on the amounts in which the arms differ, over the seeds that all have; empty if they do not."""
+    arms = [arm for arm in results.ranked if results.figures(arm, "trained")]
+    seeds = set.intersection(*(set(results.seeds(arm)) for arm in arms)) if arms else set()
+    parts = []
+    for key, name in AMOUNTS.items():
+        runs = {arm.name: results.figures(arm, "trained", seeds) for arm in arms}
+        amounts = {
+            arm: [run[key] for run in each] for arm, each in runs.items() if each and all(key in r for r in each)
+        }
+        if len({tuple(each) for each in amounts.values()}) > 1:
+            ranked = sorted(amounts, key=lambda arm: fmean(amounts[arm]))
+            least, most = (f"{arm}: {fmean(amounts[arm]):,.0f}" for arm in (ranked[0], ranked[-1]))
+            parts.append(f"{name} ({least}; {most})")
+    return f"The arms were not trained on equal amounts: they differ in {', '.join(parts)}." if parts else ""
+
+
+def _range(amounts: Sequence[float]) -> str:
+    """An amount, or the range over seeds."""
+    if not amounts:
+        return "–"
+    low, high = f"{amounts[0]:,.0f}", f"{amounts[-1]:,.0f}"
+    return low if low == high else f"{low} to {high}"
