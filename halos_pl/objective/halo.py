@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.distributed import sum_over_ranks
-from halos_pl.objective.feedback import Feedback
+from halos_pl.objective.feedback import Feedback, Slopes
+from halos_pl.objective.feedback.slopes import joined
 from halos_pl.objective.reference_points import Estimate, ReferencePoint
 from halos_pl.objective.rewards import Reward
 from value_functions import ValueFunction
@@ -110,18 +111,21 @@ class Result:
         outcomes: Outcomes of the rows; None if no term is a HALO.
         estimate: z0 of the outcomes and its precision; None if no term is a HALO.
         terms: Weighted summands of ``loss`` by name, detached; None if there is only one.
+        slopes: How the loss depends on the rewards of each HALO among the terms; empty if it has no gradient.
     """
 
     loss: Tensor
     outcomes: Outcomes | None = None
     estimate: Estimate | None = None
     terms: dict[str, Tensor] | None = None
+    slopes: tuple[tuple[HALO, Slopes], ...] = ()
 
 
 class Objective(nn.Module, ABC):
     """A loss over rows: ``prepare`` is called once per step, then ``compute_loss`` once per micro-batch.
 
-    ``objective(rows)`` does both for a step without micro-batches.
+    After the last one, ``observe`` tells feedback whose weights follow earlier steps. ``objective(rows)`` does all
+    three for a step without micro-batches.
     """
 
     @property
@@ -147,11 +151,34 @@ class Objective(nn.Module, ABC):
     def compute_loss(self, rows: LogProbBatch, context: Any) -> Result:
         """The loss of one micro-batch without mismatched rows; ``context`` belongs to the same rows."""
 
+    def observe(self, results: Sequence[Result]) -> None:
+        """Ends a training step: tells each HALO's feedback the step's slopes. Every rank must call it once a step.
+
+        Args:
+            results: results of all micro-batches of this rank, whose losses have a gradient.
+
+        Raises:
+            ValueError: if weights follow slopes that the results lack.
+        """
+        told = []
+        for of_halo in zip(*(result.slopes for result in results), strict=True):
+            told.append(of_halo[0][0])
+            told[-1].feedback.observe(joined([slopes for _, slopes in of_halo]))
+        for halo in self.modules():
+            if isinstance(halo, HALO) and halo.feedback.follows_slopes and halo not in told:
+                raise ValueError(
+                    f"{type(halo.feedback).__name__}: rho cannot be set, because the loss does not tell how it depends"
+                    f" on the rewards; return Result.slopes from compute_loss of {type(self).__name__}, as HALO does"
+                )
+
     def forward(self, rows: LogProbBatch) -> Result:
         """The loss of a whole step; ``rows`` include mismatched rows."""
         context = self.prepare(rows.detach())
         train = rows.labels.train_index
-        return self.compute_loss(rows.select(train), context.select(train))
+        result = self.compute_loss(rows.select(train), context.select(train))
+        if self.training and result.loss.requires_grad:
+            self.observe([result])
+        return result
 
 
 def _with_logps(needs: Needs, *of_parts: Needs) -> Needs:
@@ -178,7 +205,8 @@ class HALO(Objective):
 
     Raises:
         TypeError: if ``reflect_undesirable`` is not a bool.
-        ValueError: if a learned reward is compared with log-probs, which have another scale.
+        ValueError: if a learned reward is compared with log-probs, which have another scale, or the feedback is to set
+            the ratio of the classes' slopes, but the reference point has a gradient.
     """
 
     def __init__(
@@ -200,6 +228,12 @@ class HALO(Objective):
                 f"the reference point {type(reference_point).__name__} is about the policy's log-probs or samples, but"
                 f" the reward {type(reward).__name__} is learned: choose PairedCompletion, or a mean of rewards such as"
                 " BatchMean"
+            )
+        if feedback.follows_slopes and reference_point.scope == "row":
+            raise ValueError(
+                f"feedback: rho cannot be set with the reference point {type(reference_point).__name__}, whose gradient"
+                " gives each row's slope to the row that it is compared with, too: weights do not change the ratio. Set"
+                " lambda_desirable to a number, or choose a reference point without gradient, such as MismatchedKL"
             )
         self.reward = reward
         self.reference_point = reference_point
@@ -247,6 +281,13 @@ class HALO(Objective):
         value = self.value_function(perceived)
         signed = torch.where(desirable | reflected, -value, value)
         loss = (weight * (self.loss_offset + signed)).sum() / divisor(context.denominator)
+        slopes: tuple[tuple[HALO, Slopes], ...] = ()
+        if loss.requires_grad and reward.requires_grad:
+            # From the loss back to the rewards only: a few operations on numbers of rows, none of them the model's.
+            (slope,) = torch.autograd.grad(loss, reward, retain_graph=True, materialize_grads=True)
+            u = torch.where(rows.mask, outcome, 0.0) if reward.dim() == 2 else outcome
+            of_labels = rows.labels.desirable, context.weight
+            slopes = ((self, Slopes(*of_labels, reward.detach(), slope, u.detach(), context.denominator)),)
         of_rows = {"reward": reward, "reference_point": z0.expand_as(reward), "outcome": outcome}
         of_rows |= {"perceived": perceived, "value": value}
         return Result(
@@ -257,6 +298,7 @@ class HALO(Objective):
                 weight=context.weight,
             ),
             estimate,
+            slopes=slopes,
         )
 
 
@@ -303,4 +345,5 @@ class Sum(Objective):
             terms={
                 f"{i}_{type(t).__name__}": r.loss.detach() for i, (t, r) in enumerate(zip(terms, results, strict=True))
             },
+            slopes=tuple(pair for r in results for pair in r.slopes),
         )

@@ -109,7 +109,9 @@ class StepEngine:
         """
         if self.sampler and self.objective.needs.samples:
             batch = self.sampler(batch)
-        return list(_Step(self, batch, backward, defer_sync).parts())
+        parts = list(_Step(self, batch, backward, defer_sync).parts())
+        self.objective.observe([part.result for part in parts])
+        return parts
 
     @torch.no_grad()
     def evaluate(self, batch: TokenBatch, moment: object = None) -> Iterator[Part]:

@@ -15,10 +15,10 @@ from halos_pl.training.metrics import (
     Losses,
     Means,
     Suspects,
+    derived,
     implied_reward,
     into_unit_interval,
     row_figures,
-    with_margin,
 )
 from halos_pl.training.non_finite import non_finite
 from halos_pl.training.parts import Part
@@ -92,7 +92,7 @@ class HeldOut:
 
     def log(self, prefix: str) -> None:
         """Logs the figures over all ranks, equal on each, and resets them."""
-        means = with_margin(self.means.compute(empty=False))
+        means = derived(self.means.compute(empty=False))
         targets: Any = self._auroc.target
         labels = torch.cat(list(targets)) if targets else torch.zeros(0)
         both = sum_over_ranks(torch.stack([(labels == 0).sum(), (labels == 1).sum()]).float().to(self._module.device))

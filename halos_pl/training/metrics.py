@@ -14,6 +14,8 @@ from torch import Tensor
 
 from halos_pl.batch import LogProbBatch
 from halos_pl.distributed import sum_over_ranks
+from halos_pl.objective.feedback import Slopes
+from halos_pl.objective.feedback.slopes import of_sum
 from halos_pl.objective.halo import HALO, Outcomes, Result
 from halos_pl.objective.rewards import LogRatio
 from value_functions import ValueFunction, reward_scale
@@ -179,10 +181,31 @@ def outcome_figures(outcomes: Outcomes, value_function: ValueFunction) -> dict[s
     return {f"outcome/{name}": over(values, everywhere) for name, values in figures.items()}
 
 
-def with_margin(means: dict[str, float]) -> dict[str, float]:
-    """Adds ``rewards/margins``, the difference of the two class means, if both exist."""
+def slope_figures(slopes: Sequence[Slopes]) -> dict[str, Weighted]:
+    """The ratio of the classes' slopes, and the mean weight of each class in the first HALO; see :func:`derived`."""
+    total = of_sum(slopes)
+    chosen, rejected = total.of_class(True), total.of_class(False)
+    return {
+        "outcome/rho": (chosen.slope, rejected.slope),
+        "outcome/weight_chosen": (chosen.weight, chosen.rows),
+        "outcome/weight_rejected": (rejected.weight, rejected.rows),
+        _MOVED: (total.moved, torch.ones_like(total.moved)),
+    }
+
+
+#: Outcomes that are not 0; it only tells whether rho is defined, and is not logged.
+_MOVED = "outcome/moved"
+
+
+def derived(means: dict[str, float]) -> dict[str, float]:
+    """Adds ``rewards/margins``, the difference of the two class means, if both exist, and settles ``outcome/rho``.
+
+    rho is absent (NaN) if the rows of a class have no slope, and while the policy is its reference.
+    """
     if {"rewards/chosen", "rewards/rejected"} <= means.keys():
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    if "outcome/rho" in means and not (means.pop(_MOVED) and means["outcome/rho"]):
+        means["outcome/rho"] = math.nan
     return means
 
 
@@ -214,4 +237,6 @@ def row_figures(rows: LogProbBatch, result: Result, halo: HALO | None) -> dict[s
         figures |= {f"outcome/z0_{name}": (value * n, n) for name, value in of_estimate.items()}
         if halo.needs.mismatched and halo.needs.reference:
             figures["kl"] = figures["outcome/z0"]
+    if result.slopes:
+        figures |= slope_figures([slopes for _, slopes in result.slopes])
     return figures

@@ -15,6 +15,8 @@ from halos_pl.training.reward_quality import OF_PAIRS, OF_ROWS, is_learned
 
 #: Figures of training steps only.
 TRAINING = ("grad_norm", "rows/s", "tokens/s", "TFLOP/s", "of_matmul")
+#: Figures of a HALO's training steps only.
+OF_SLOPES = ("outcome/rho", "outcome/weight_chosen", "outcome/weight_rejected")
 #: Names that Lightning's ModelCheckpoint accepts besides logged figures.
 COUNTERS = ("epoch", "step")
 #: First words of the messages with which Lightning's callbacks give up.
@@ -117,6 +119,7 @@ def check_monitors(trainer: Trainer, module: LightningModule, data: Any) -> None
     monitored = [(c, m) for c in callbacks if isinstance(m := getattr(c, "monitor", None), str)]
     no_validation = _why_no_validation(trainer, data) if monitored else ""
     training = set(_figures(module, data._splits.get("train"))) | set(TRAINING)
+    training |= set(OF_SLOPES if objective.halo is not None else ())
     held_out = set(_figures(module, data._splits.get("validation")))
     if {"rewards/chosen", "rewards/rejected"} <= held_out:
         held_out.add("rewards/auroc")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halos_pl.training.metrics import Losses, Means, Suspects, finite_scores, row_figures, with_margin
+from halos_pl.training.metrics import Losses, Means, Suspects, derived, finite_scores, row_figures
 from halos_pl.training.non_finite import non_finite
 from halos_pl.training.parts import Part
 
@@ -53,7 +53,7 @@ class StepFigures:
         numbers = torch.cat([totals.flatten(), *(other.detach().to(totals).view(1) for other in others)]).tolist()
         pairs = list(zip(numbers[: totals.numel() : 2], numbers[1 : totals.numel() : 2], strict=True))
         module = self._module
-        figures = module.figures = with_margin(self._means.compute(pairs))
+        figures = module.figures = derived(self._means.compute(pairs))
         if not math.isfinite(figures["loss"]):
             raise self._error(f"the loss is {figures['loss']}")
         rows, shown = len(self._parts[0].batch), on_host(figures)

@@ -13,8 +13,9 @@ from halos_pl.objective.feedback.flipped import Flipped as Flipped
 from halos_pl.objective.feedback.group_advantage import GroupAdvantage as GroupAdvantage
 from halos_pl.objective.feedback.pairwise import Pairwise as Pairwise
 from halos_pl.objective.feedback.pairwise import RobustPairwise as RobustPairwise
+from halos_pl.objective.feedback.slopes import Slopes as Slopes
 from value_functions.discovery import plug_ins
 
 _PLUG_INS = plug_ins(__name__, Feedback)
 globals().update(_PLUG_INS)
-__all__ = ["Feedback", "Judgement", *sorted(_PLUG_INS)]
+__all__ = ["Feedback", "Judgement", "Slopes", *sorted(_PLUG_INS)]

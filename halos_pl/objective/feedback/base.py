@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 
 from halos_pl.batch import LogProbBatch, Needs
+from halos_pl.objective.feedback.slopes import Slopes
 from value_functions.discovery import Declared
 
 
@@ -29,16 +30,21 @@ class Judgement(NamedTuple):
 class Feedback(nn.Module, Declared, ABC):
     """Judges rows by their labels alone, not by ``policy_logps``: a and w do not depend on theta.
 
+    What a feedback knows of earlier steps, it knows from :meth:`observe`, and keeps in ``get_extra_state``.
+
     A subclass is a small ``nn.Module`` with keyword-only hyper-parameters and one method, ``forward``. In a file of
     this package it is available by its bare name, without registration; in any other importable module, by its dotted
     path.
 
     Attributes:
         needs: inputs that the rows must provide.
+        follows_slopes: whether the weights follow what :meth:`observe` is told, so as to set the ratio of the classes'
+            slopes.
         violates: clause to reason; see :class:`~value_functions.discovery.Declared`.
     """
 
     needs: Needs = Needs(undesirable=True)
+    follows_slopes: bool = False
 
     @abstractmethod
     def forward(self, rows: LogProbBatch) -> Judgement:
@@ -46,6 +52,15 @@ class Feedback(nn.Module, Declared, ABC):
 
         Args:
             rows: this rank's share of a step, including mismatched rows; the log-probs may not have been computed yet.
+        """
+
+    def observe(self, slopes: Slopes) -> None:
+        """Called once per optimizer step on every rank, after the step's losses; by default, it does nothing.
+
+        Until the next call, ``forward`` must depend on its rows alone.
+
+        Args:
+            slopes: how the loss of the step depends on the rewards of this rank's rows.
         """
 
 

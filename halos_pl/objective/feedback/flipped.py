@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from halos_pl.batch import LogProbBatch
 from halos_pl.objective.feedback.base import Feedback, Judgement
+from halos_pl.objective.feedback.slopes import Slopes
 
 
 class Flipped(Feedback):
@@ -19,7 +20,11 @@ class Flipped(Feedback):
         super().__init__()
         self.feedback = feedback
         self.needs = feedback.needs
+        self.follows_slopes = feedback.follows_slopes
 
     def forward(self, rows: LogProbBatch) -> Judgement:
         judgement: Judgement = self.feedback(rows)
         return judgement._replace(sign=-judgement.sign)
+
+    def observe(self, slopes: Slopes) -> None:
+        self.feedback.observe(slopes)
