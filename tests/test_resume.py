@@ -37,6 +37,7 @@ SETUPS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     # name: (objective, model, options)
     "kto": ("kto", "llama", ()),
     "bco": ("bco", "llama", ()),  # the running mean is state
+    "auto": ("kto", "llama", ("--model.feedback.lambda_desirable=auto", "--model.feedback.rho=2")),  # so is the weight
     "dropout": ("kto", "gpt2", ("--model.policy.dropout=true",)),  # so is the random state
     "lora": ("kto", "llama", ("--model.policy.lora={r: 4, dropout: 0.1}",)),
     "dpo": ("dpo", "llama", ("--model.micro_batch_rows=2", "--model.lr_schedule=cosine")),
@@ -110,6 +111,7 @@ def assert_same_run(whole: Path, resumed: Path) -> None:
 DEFAULT: list[tuple[str, int, str, int]] = [
     ("study", EPOCH, "after_checkpoint", 2),  # after the last step of an epoch, before the next one has begun
     ("bco", EPOCH, "after_step", 0),  # its last step is lost with it
+    ("auto", 3, "after_checkpoint", 0),
     ("dropout", 3, "written", 0),  # in the middle of an epoch; its line is in the log already
     ("tr_dpo", EPOCH + 1, "writing", 0),  # half a checkpoint lies beside the good one
 ]

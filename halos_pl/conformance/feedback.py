@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.conformance.clause import Clause, Law, explained
 from halos_pl.conformance.duplicate import duplicate
-from halos_pl.conformance.later import PartCase
+from halos_pl.conformance.histories import HISTORIES, Told, retold, told
+from halos_pl.conformance.later import EXAMPLES, PartCase, state_of
 from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.smallest import smallest
 from halos_pl.conformance.steps import Step, asked, fitted_to, padded, paddings, renumbered, rerouted, shares, unscored
@@ -50,6 +51,7 @@ class FeedbackCase(PartCase):
         self.target = feedback
         self.needs = needs or feedback.needs
         self.examples = examples
+        self.history: Told = []
         self._judged: dict[Step, list[tuple[str, LogProbBatch, Judgement]]] = {}
 
     def judged(self, rows: LogProbBatch) -> Judgement:
@@ -79,6 +81,27 @@ class FeedbackCase(PartCase):
     def called(self, part: nn.Module, rows: LogProbBatch) -> Tensor:
         """Signs, weights and denominator in one tensor [2n + 1]."""
         return torch.cat([figures.flatten() for figures in part(rows)])
+
+    def lived(self) -> Iterator[tuple[str, PartCase]]:
+        """Cases of the feedback after each history that has changed it."""
+        before = state_of(duplicate(self.target))
+        for words, steps in HISTORIES.items():
+            part = duplicate(self.target)
+            history = told(part, steps, lambda number: self.drawn(3 + number))
+            if state_of(part) != before:
+                case = self.of(part, EXAMPLES)
+                case.origin, case.history = self.target, history
+                yield words, case
+
+    @property
+    def remark(self) -> str | None:
+        """Whether weights follow earlier steps, in words; None if they do not, or cannot be judged."""
+        try:
+            histories = sum(case.origin is not None for _, case in self.later)
+        except (Exception, SystemExit):  # the clauses report it
+            return None
+        many = f"weights follow earlier steps: judged before the first, and at {histories} histories"
+        return many if histories else None
 
     def of(self, part: Feedback, examples: int) -> FeedbackCase:  # type: ignore[override]
         """The same case of another feedback."""
@@ -237,7 +260,7 @@ def feedback_deterministic(case: FeedbackCase) -> str | None:
 def feedback_split(case: FeedbackCase) -> str | None:
     """A row gets the same judgement in any order, with any padding, any numbers of prompts and on any rank.
 
-    The ranks' denominators add up to that of the step.
+    The ranks' denominators add up to that of the step. Which rank observed what in earlier steps makes no difference.
     """
     witness = case.smallest(partial(_other_layouts, case), max(10, case.examples // 2))
     return witness or case.smallest(partial(_ranks, case), max(10, case.examples // 4))
@@ -278,15 +301,32 @@ def _other_layouts(case: FeedbackCase, step: Step) -> str | None:
 def _ranks(case: FeedbackCase, step: Step) -> str | None:
     rows = case.rows(step)
     whole = case.judged(rows)
+    before = case.target if case.origin is None else case.origin
     for count in (3,) if step.huge else (2, 3):
         parts = shares(rows, case.needs, step.seed, count)
-        jobs: list[Callable[[], Any]] = [lambda index=index: case.judged(rows.select(index)) for index in parts]  # type: ignore[misc]
+        jobs: list[Callable[[], Any]] = [
+            partial(_on_rank, case, duplicate(before), rows.select(index), partial(_share, case, step, count, rank))
+            for rank, index in enumerate(parts)
+        ]
         judged = Ranks(count).run(jobs, namespaces(case.target))
         summed = torch.stack([part.denominator for part in judged]).sum()
         for index, part in zip(parts, judged, strict=True):
             if witness := _differs(whole, part, index, summed):
                 return f"{labels(rows)}: {witness} on ranks of {' and '.join(str(len(i)) for i in parts)} rows"
     return None
+
+
+def _share(case: FeedbackCase, step: Step, ranks: int, rank: int, rows: LogProbBatch) -> Tensor:
+    """Positions of the rows of an earlier step on a rank."""
+    return shares(rows, case.needs, step.seed, ranks)[rank]
+
+
+def _on_rank(
+    case: FeedbackCase, part: Feedback, rows: LogProbBatch, share: Callable[[LogProbBatch], Tensor]
+) -> Judgement:
+    """The judgement of a rank's rows by ``part``, once it has observed the rank's ``share`` of the history."""
+    retold(part, case.history, share)
+    return Judgement(*part(rows))
 
 
 @explained(
@@ -329,4 +369,8 @@ CLAUSES: tuple[Law, ...] = (
 
 def clauses(case: FeedbackCase) -> Iterator[Clause]:
     """The clauses of a feedback."""
-    return map(case.clause, case.laws)
+    for law in case.laws:
+        if law is feedback_weight:
+            yield case.clause(law, note=lambda: case.note(feedback_weight) or case.remark)
+        else:
+            yield case.clause(law)

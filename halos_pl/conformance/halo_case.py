@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from halos_pl.conformance import reference_point, value_function
 from halos_pl.conformance.clause import Law
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.feedback import FeedbackCase
-from halos_pl.conformance.later import CALLS, PartCase, state_of
+from halos_pl.conformance.later import CALLS, EXAMPLES, PartCase, state_of
 from halos_pl.conformance.reference_case import ReferencePointCase
 from halos_pl.conformance.report import Definition
 from halos_pl.conformance.reward import RewardCase
@@ -138,6 +138,14 @@ class HaloCase(PartCase):
     def of(self, part: HALO, examples: int) -> HaloCase:  # type: ignore[override]
         """The same case of another objective."""
         return HaloCase(part, self.laws, examples=examples, thorough=self.thorough)
+
+    def lived(self) -> Iterator[tuple[str, PartCase]]:
+        """The case of the objective after steps of training, if its feedback remembers them."""
+        part = duplicate(self.target)
+        for number in range(1, 4):
+            part(with_leaf(self.drawn(number), self.needs)[1])
+        if state_of(part.feedback) != state_of(duplicate(self.target.feedback)):
+            yield "after three steps of training", self.of(part, EXAMPLES)
 
     def loss(self, objective: HALO, rows: LogProbBatch, parts: list[Tensor] | None = None) -> Tensor:
         """The loss of a step as training computes it: ``prepare``, then ``compute_loss`` for each micro-batch.

@@ -26,7 +26,7 @@ CALLS = 5000
 _CALLS_LATER = 20
 _CALLS_OF_AN_EPOCH = 10  # before each validation, which turns a part to evaluation and back
 # Steps on which a clause is tried for a part as it is later.
-_EXAMPLES = 12
+EXAMPLES = 12
 _ROUNDED = 2e-2  # of a matrix product in bfloat16
 
 
@@ -47,11 +47,13 @@ class PartCase(Case):
         target: the part.
         steps: number of calls after which the part is checked again.
         has_slope: whether training calls the part with outputs of the policy that have a gradient.
+        origin: the part before the history of ``target``; None if it has none.
     """
 
     target: Any
     steps = CALLS
     has_slope = True
+    origin: Any = None
 
     def called(self, part: nn.Module, rows: LogProbBatch) -> Tensor:
         """What a part returns for the rows, as one tensor."""
@@ -64,6 +66,10 @@ class PartCase(Case):
     def drawn(self, number: int) -> LogProbBatch:
         """Rows of a small step; the larger its number, the more."""
         raise NotImplementedError
+
+    def lived(self) -> Iterator[tuple[str, PartCase]]:
+        """Cases of the part after steps of training that have changed it, with these in words; by default, none."""
+        return iter(())
 
     @property
     def small(self) -> LogProbBatch:
@@ -118,11 +124,12 @@ class PartCase(Case):
 
     @cached_property
     def later(self) -> list[tuple[str, PartCase]]:
-        """Cases of the part with other parameters, and after many calls if these have changed it."""
-        cases = [(f"with {words}", self.of(part, _EXAMPLES)) for words, part in pushed(self.target)]
+        """Cases of the part with other parameters, and after many calls or steps if these have changed it."""
+        cases = [(f"with {words}", self.of(part, EXAMPLES)) for words, part in pushed(self.target)]
         witness, worn = self.worn
         if witness is None and state_of(worn) != state_of(duplicate(self.target)):
-            cases.append((self._when_worn, self.of(worn, _EXAMPLES)))
+            cases.append((self._when_worn, self.of(worn, EXAMPLES)))
+        cases += self.lived()
         for _, case in cases:
             case.steps = _CALLS_LATER
         return cases
@@ -170,7 +177,8 @@ class PartCase(Case):
         validated = duplicate(used).eval()
         self.called(validated, other)
         again = self.called(duplicate(used), rows).detach()
-        for words, part in (("after a validation", validated.train()), *copies(used, self.target)):
+        new = self.target if self.origin is None else self.origin
+        for words, part in (("after a validation", validated.train()), *copies(used, new)):
             yield f"{words}, after two other calls", again, self.called(part, rows).detach(), 1e-5
 
     def device(self) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from functools import partial
 from typing import TypeGuard, get_args
 
 import torch
@@ -255,7 +254,8 @@ def clauses(case: HaloCase) -> Iterator[Clause]:
             clause = replace(clause, check=lambda check=clause.check: check() or case.witness(loss_split))  # type: ignore[misc]
         yield clause
     for clause in feedback.clauses(case.feedback):
-        yield replace(clause, note=partial(_weights, case)) if clause.name == "feedback_weight" else clause
+        own = clause.name == "feedback_weight"
+        yield replace(clause, note=lambda note=clause.note: joined(_weights(case), note())) if own else clause  # type: ignore[misc]
     yield from map(case.clause, case.laws)
 
 
