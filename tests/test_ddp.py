@@ -142,6 +142,17 @@ def test_two_processes_train_as_one(both, objective, two):
     assert summaries[0]["metrics"].keys() == summaries[1]["metrics"].keys()
 
 
+def test_two_processes_set_rho_as_one(both: Both) -> None:
+    """A weight that follows earlier steps is the same on all ranks, and with micro-batches."""
+    auto = ("--model.feedback.lambda_desirable=auto", "--model.feedback.rho=2", *SGD, "--data.batch_size=5")
+    one, two = both("kto", both.binary, *auto, two=("--model.micro_batch_rows=2",))
+    assert_same_figures(one, two)
+    assert_same_weights(one, two)
+    reached = [float(row["outcome/rho"]) for row in metrics(two) if "outcome/rho" in row]
+    assert reached
+    assert reached == pytest.approx([2.0] * len(reached), rel=0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["kto", "dpo"])
 def test_three_processes_train_as_one(both: Both, objective: str, tmp_path: Path) -> None:
