@@ -59,8 +59,10 @@ CONCAVE: dict[str, Callable[[float], Formula]] = {
     "smooth hinge": lambda s: lambda u: 0.5 * (s * u - torch.sqrt((s * u) ** 2 + 1)),
     "soft minimum": lambda s: lambda u: -torch.logaddexp(-s * u, -(0.3 * s * u + 1)),
     "log normal": lambda s: lambda u: torch.special.log_ndtr(s * u),
-    "exponential": lambda s: lambda u: (
-        -torch.exp(-s * u.clamp(min=-20 / s)) + math.exp(20) * (s * u + 20).clamp(max=0)  # its tangent beyond
+    "exponential": lambda s: (
+        lambda u: (
+            -torch.exp(-s * u.clamp(min=-20 / s)) + math.exp(20) * (s * u + 20).clamp(max=0)  # its tangent beyond
+        )
     ),
 }
 _LANGEVIN_AT_HALF = 1 / math.tanh(0.5) - 2
