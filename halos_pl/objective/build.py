@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -136,13 +136,15 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def load_objective(path: str | Path) -> Objective:
+def load_objective(path: str | Path, changes: Mapping[str, Any] | None = None) -> Objective:
     """The objective in a YAML file. Loads neither a model nor data.
 
     Policy, reference model and optimizer in its ``model`` section, and the values in other sections, are ignored.
 
     Args:
         path: path of the file, or name of a shipped objective such as ``kto``.
+        changes: values that replace those of the file's ``model`` section, by dotted key such as
+            ``value_function.init_args.beta``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -157,6 +159,8 @@ def load_objective(path: str | Path) -> Objective:
     _check_keys(path, content, lines)
     names = inspect.signature(build_objective).parameters
     parts: dict[str, Any] = {name: value for name, value in content["model"].items() if name in names}
+    for key, value in (changes or {}).items():
+        _change(parts, key, value, names)
     try:
         if not is_shipped(path):
             import_own(parts, PARTS.values())
@@ -169,6 +173,22 @@ def load_objective(path: str | Path) -> Objective:
         raise ValueError(f"{path}: {cause_in(error) or cause(str(error))}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _change(parts: dict[str, Any], key: str, value: Any, names: Iterable[str]) -> None:
+    """Replaces a value by its dotted key.
+
+    Raises:
+        ValueError: the objective has no such setting.
+    """
+    *outer, last = key.split(".")
+    if (first := key.partition(".")[0]) not in names:
+        raise ValueError(f"an objective has no setting {key}{_meant(first, names)}")
+    for name in outer:
+        if not isinstance(parts.get(name), dict):
+            raise ValueError(f"{key} cannot be changed: the objective's file has no mapping {name}")
+        parts[name] = parts = dict(parts[name])
+    parts[last] = value
 
 
 def _check_keys(path: str | Path, content: dict[str, Any], lines: Lines) -> None:
