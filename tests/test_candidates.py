@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from theory_scripts import script
 from torch import Tensor
 
 from halos_pl.batch import Labels, LogProbBatch
@@ -191,22 +189,11 @@ def test_a_lone_candidate_and_a_single_label_are_defined():
 
 # -- Theorem 4.3: contradictory votes on a prompt, with a free logit per candidate ---------------------------
 
-_path = Path(__file__).resolve().parents[1] / "experiments" / "theory"
-
-
-def _script(name: str):
-    spec = importlib.util.spec_from_file_location(name, _path / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.mark.parametrize(("agree", "rare"), [(2, 0.02), (2, 0.4), (3, 0.02)])
 def test_free_logits_reach_the_optima_of_theorem_4_3(agree, rare):
     """DPO: where the slope of its loss vanishes, as found by bisection; KTO: the majority, however rare it was."""
-    theory, beta, people = _script("contradictory_preferences"), 0.5, 4 if agree == 3 else 3
+    theory, beta, people = script("contradictory_preferences"), 0.5, 4 if agree == 3 else 3
     reference = torch.tensor([rare, 1 - rare], dtype=torch.float64).log()
     candidates, place = Candidates.of(torch.tensor([0, 0]), reference)
     pairs = torch.stack([place if i < agree else place.flip(0) for i in range(people)])

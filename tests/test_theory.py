@@ -6,7 +6,6 @@ package's own ``HALO`` of plug-ins, in float64. Each test says under which assum
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from theory_scripts import script
 from torch import Tensor
 
 from halos_pl.batch import Labels, LogProbBatch
@@ -24,12 +24,8 @@ from halos_pl.objective.reference_points import Estimate, MismatchedKL, PairedCo
 from halos_pl.objective.rewards import LogRatio
 from value_functions import Identity, Logistic, LogSigmoid, ValueFunction
 
-SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "theory" / "contradictory_preferences.py"
-_spec = importlib.util.spec_from_file_location("contradictory_preferences", SCRIPT)
-assert _spec
-assert _spec.loader
-contradictory = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(contradictory)
+contradictory = script("contradictory_preferences")
+SCRIPT = Path(contradictory.__file__)
 
 seeds = st.integers(0, 2**31 - 1)
 betas = st.floats(0.05, 2)

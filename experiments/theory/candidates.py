@@ -27,13 +27,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 from halos_pl.candidates import Candidates, Fitted, draw, fit
+from halos_pl.candidates.fitting import refuse
 from halos_pl.candidates.read import Preferences, read_preferences
 from halos_pl.common.experiments import config_file, objectives, shipped_paths
 from halos_pl.common.yaml_files import read_yaml
@@ -43,6 +44,7 @@ from halos_pl.objective.halo import Objective
 from halos_pl.policy.loading import ModelSpec
 
 METRICS = ("accuracy", "follows", "kl")
+Objectives: TypeAlias = dict[tuple[str, ...], Objective]
 
 
 @dataclass
@@ -94,6 +96,14 @@ class Sweep:
             raise ValueError(f"rates are {self.rates}; write each once, in ascending order")
         if self.seeds < 1 or (self.words != "free" and self.words < 0):
             raise ValueError(f"seeds is {self.seeds} and words {self.words}; they must be at least 1 and 0")
+        if self.steps < 1 or not self.rates[0] > 0:
+            raise ValueError(
+                f"steps is {self.steps} and the first rate {self.rates[0]}; they must be at least 1 and above 0"
+            )
+        if not all(0 <= share <= 1 for share in self.noise) or not all(0 < share <= 1 for share in self.desirable):
+            raise ValueError(
+                f"noise is {self.noise} and desirable {self.desirable}; shares must be in [0, 1] and in (0, 1]"
+            )
         if self.words != "free" and not self.held_out:
             raise ValueError("held_out is empty; name feedback to choose rates and to measure on")
 
@@ -120,7 +130,20 @@ class Sweep:
         other |= {f"data.{key}": value for key, value in (content.get("data") or {}).items()}
         if used := [key for key, value in other.items() if value]:
             raise ValueError(f"arms: {arm}: {path} sets {', '.join(used)}, which candidates do not have")
-        return load_objective(path, changes | dict(axes))
+        try:
+            refuse(objective := load_objective(path, changes | dict(axes)))
+        except ValueError as error:
+            raise ValueError(f"arms: {arm}: {error}") from error
+        return objective
+
+    def objectives(self) -> Objectives:
+        """The objective of each arm with each value of the axes."""
+        return {key(arm, axes): self.objective(arm, axes) for arm, axes, *_ in self.cells}
+
+
+def key(arm: str, axes: Mapping[str, Any]) -> tuple[str, ...]:
+    """What identifies an objective."""
+    return arm, *map(str, axes.values())
 
 
 @dataclass
@@ -177,7 +200,7 @@ def prepare(sweep: Sweep, read: Preferences) -> tuple[Candidates, Tensor, Measur
     scale = features[sorted({row for i in train for row in read.pairs[i]})].std(0)
     features /= torch.where(scale > 0, scale, 1.0)  # of what never varies, every policy is the same
     halves = [Measured(*read.sets([i for i in held_out if order[prompt(i)] % 2 == half], features)) for half in (0, 1)]
-    return (*read.sets(train, features), *halves)
+    return *read.sets(train, features), halves[0], halves[1]
 
 
 def choose(fitted: Fitted, tune: Measured | None) -> tuple[int, list[float]]:
@@ -196,7 +219,7 @@ def choose(fitted: Fitted, tune: Measured | None) -> tuple[int, list[float]]:
     return int(figures.nan_to_num(nan=-torch.inf).argmax()), figures.tolist()
 
 
-def run(sweep: Sweep, read: Preferences, out: Path) -> list[dict[str, Any]]:
+def run(sweep: Sweep, built: Objectives, read: Preferences, out: Path) -> list[dict[str, Any]]:
     """Fits all cells; a dict per cell, with the mean and the standard deviation over seeds of each metric."""
     candidates, pairs, tune, report = prepare(sweep, read)
     seeds = range(sweep.seeds)
@@ -204,15 +227,13 @@ def run(sweep: Sweep, read: Preferences, out: Path) -> list[dict[str, Any]]:
         raise ValueError(
             f"all {sweep.seeds} seeds would be the same, as each draws all {len(pairs)} votes; set seeds to 1"
         )
-    built = {
-        (arm, *map(str, axes.values())): sweep.objective(arm, axes) for arm, axes, *_ in sweep.cells
-    }  # faults first
     out.mkdir(parents=True, exist_ok=True)
-    cells, first = [], dict[tuple[Any, ...], Tensor]()
+    cells: list[dict[str, Any]] = []
+    first: dict[tuple[Any, ...], Tensor] = {}
     with (out / "values.csv").open("w", newline="") as values, (out / "rates.csv").open("w", newline="") as rates:
         for arm, axes, noise, desirable in sweep.cells:
             start = time.perf_counter()
-            objective = built[(arm, *map(str, axes.values()))]
+            objective = built[key(arm, axes)]
             votes = draw(
                 pairs, seeds, count=sweep.votes, noise=noise, desirable=desirable, paired=objective.needs.pairs
             )
@@ -227,9 +248,7 @@ def run(sweep: Sweep, read: Preferences, out: Path) -> list[dict[str, Any]]:
             named = "accuracy" if tune else "minus loss"
             curve = [{"rate": rate, named: figure} for rate, figure in zip(sweep.rates, figures, strict=True)]
             write(rates, [cell | point for point in curve], not cells)
-            gain = metrics["accuracy"] - first.setdefault(
-                (*map(str, axes.values()), noise, desirable), metrics["accuracy"]
-            )
+            gain = metrics["accuracy"] - first.setdefault((*key("", axes), noise, desirable), metrics["accuracy"])
             edge = len(sweep.rates) > 1 and best in (0, len(sweep.rates) - 1)
             cells.append(
                 cell
@@ -297,6 +316,7 @@ def main() -> None:
     out = args.out or Path("runs") / args.study.stem
     try:
         sweep = load(args.study)
+        built = sweep.objectives()  # faults show before data are read
         read = read_preferences(
             [*sweep.train, *sweep.held_out],
             sweep.model,
@@ -305,7 +325,7 @@ def main() -> None:
             text_prompts=sweep.text_prompts,
         )
         print(f"log pi_ref: {read.scored} rows computed, {read.stored} found in the cache")
-        cells = run(sweep, read, out)
+        cells = run(sweep, built, read, out)
     except (ValueError, OSError) as error:
         raise SystemExit(f"candidates: {error}") from error
     (out / "report.md").write_text(report_of(sweep, read, cells), encoding="utf-8")
