@@ -23,8 +23,8 @@ UNMET = {
     "routing": "there are no experts",
     "scalar": "there is no scalar head",
 }
-#: Most numbers in one tensor of all fits; more fits are done in turn.
-MOST = 1 << 23
+#: Most numbers in one tensor of all fits, which then stays in the processor's cache; more fits are done in turn.
+MOST = 1 << 20
 
 
 @dataclass(frozen=True)
