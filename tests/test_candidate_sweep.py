@@ -66,7 +66,7 @@ def test_a_sweep_measures_each_cell_at_its_best_rate(study, tmp_path, monkeypatc
     assert len(rates) == 2 * 2 * 2 * 2
     assert {line["value_function.init_args.beta"] for line in values} == {"0.5", "1.0"}
     for cell in range(8):
-        curve = [float(line["accuracy"]) for line in rates[2 * cell : 2 * cell + 2]]
+        curve = [float(line["chosen"]) for line in rates[2 * cell : 2 * cell + 2]]
         assert f"{'0.001' if curve[0] >= curve[1] else '0.1'} (edge)" in report.splitlines()[6 + cell]
     clean = [float(line["accuracy"]) for line in values if line["noise"] == "0.0"]
     assert min(clean) == 1  # the words tell which answer is preferred

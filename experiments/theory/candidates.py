@@ -10,7 +10,7 @@ too. A completion counts as one token, so losses per token are refused, and a re
 completions does not exist: KTO takes CandidateKL, which is not the paper's estimate.
 
 Keys of the file: see `Sweep`. Each cell (arm, axes, noise, desirable) has its own learning rate: that of the highest
-mean accuracy on one half of the held-out prompts, which is not in the report; the other half is. With `words: free`,
+mean of `tune` on one half of the held-out prompts, which is not in the report; the other half is. With `words: free`,
 each candidate has a logit of its own, which other prompts do not have, so the report is on the prompts of training, and
 the rate is that of the lowest mean training loss. Differences between seeds say nothing about other held-out prompts.
 
@@ -43,7 +43,7 @@ from halos_pl.objective.build import load_objective
 from halos_pl.objective.halo import Objective
 from halos_pl.policy.loading import ModelSpec
 
-METRICS = ("accuracy", "follows", "kl")
+METRICS = ("chosen", "accuracy", "follows", "kl")
 Objectives: TypeAlias = dict[tuple[str, ...], Objective]
 
 
@@ -68,6 +68,8 @@ class Sweep:
         reference: whether pi_ref is the model's; if not, all completions of a prompt are equally likely.
         max_length: tokens of prompt and completion.
         text_prompts: as in ``data.text_prompts``.
+        tune: metric to choose rates by. ``accuracy`` does not depend on how far the policy moves, so that the lowest
+            rate is often the best by it.
         note: what the study asks.
     """
 
@@ -86,6 +88,7 @@ class Sweep:
     reference: bool = True
     max_length: int = 512
     text_prompts: Literal["plain", "chat"] = "plain"
+    tune: Literal["chosen", "accuracy", "follows"] = "chosen"
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -156,8 +159,9 @@ class Measured:
     def __call__(self, theta: Tensor) -> dict[str, Tensor]:
         """Metrics of each fit, float [fits]; ``theta`` is [fits, d].
 
-        Share of preferences of which the reward, and the policy, is higher for the chosen completion (equal ones count
-        half), and the mean KL divergence from pi_ref in nats.
+        ``chosen``: mean probability of the chosen completion, given that the policy answers with one of the pair.
+        ``accuracy``, ``follows``: share of preferences of which the reward, and the policy, is higher for the chosen
+        completion; equal ones count half. ``kl``: mean KL divergence from pi_ref in nats.
         """
         logps = self.candidates.logps(theta)
         chosen, rejected = (logps.flatten(1)[:, places] for places in self.pairs.T)
@@ -165,7 +169,7 @@ class Measured:
         gap = chosen - rejected
         gain = gap - (before[:, 0] - before[:, 1])
         shares = [((x > 0).float() + 0.5 * (x == 0)).mean(1) for x in (gain, gap)]
-        return dict(zip(METRICS, (*shares, self.candidates.kl(logps).mean(1)), strict=True))
+        return dict(zip(METRICS, (gap.sigmoid().mean(1), *shares, self.candidates.kl(logps).mean(1)), strict=True))
 
 
 def prepare(sweep: Sweep, read: Preferences) -> tuple[Candidates, Tensor, Measured | None, Measured]:
@@ -203,7 +207,7 @@ def prepare(sweep: Sweep, read: Preferences) -> tuple[Candidates, Tensor, Measur
     return *read.sets(train, features), halves[0], halves[1]
 
 
-def choose(fitted: Fitted, tune: Measured | None) -> tuple[int, list[float]]:
+def choose(fitted: Fitted, tune: Measured | None, metric: str) -> tuple[int, list[float]]:
     """The number of the best learning rate, and the figure of each.
 
     Raises:
@@ -212,7 +216,7 @@ def choose(fitted: Fitted, tune: Measured | None) -> tuple[int, list[float]]:
     if tune is None:
         figures = -fitted.loss.mean(1)
     else:
-        figures = torch.stack([tune(theta)["accuracy"].mean() for theta in fitted.theta])
+        figures = torch.stack([tune(theta)[metric].mean() for theta in fitted.theta])
     figures = figures.where(fitted.theta.isfinite().flatten(1).all(1), torch.nan)
     if not bool(figures.isfinite().any()):
         raise ValueError("the policies of all rates have parameters that are not finite; try lower rates")
@@ -238,23 +242,23 @@ def run(sweep: Sweep, built: Objectives, read: Preferences, out: Path) -> list[d
                 pairs, seeds, count=sweep.votes, noise=noise, desirable=desirable, paired=objective.needs.pairs
             )
             fitted = fit(objective, candidates, votes, rates=sweep.rates, steps=sweep.steps)
-            best, figures = choose(fitted, tune)
+            best, figures = choose(fitted, tune, sweep.tune)
             seconds = time.perf_counter() - start
             metrics = report(fitted.theta[best])
             cell: dict[str, Any] = {"arm": arm, **axes, "noise": noise, "desirable": desirable}
             columns = zip(*(metrics[name].tolist() for name in METRICS), fitted.loss[best].tolist(), strict=True)
             lines = [dict(zip((*METRICS, "loss"), numbers, strict=True)) for numbers in columns]
             write(values, [cell | {"seed": seed} | line for seed, line in zip(seeds, lines, strict=True)], not cells)
-            named = "accuracy" if tune else "minus loss"
+            named = sweep.tune if tune else "minus loss"
             curve = [{"rate": rate, named: figure} for rate, figure in zip(sweep.rates, figures, strict=True)]
             write(rates, [cell | point for point in curve], not cells)
-            gain = metrics["accuracy"] - first.setdefault((*key("", axes), noise, desirable), metrics["accuracy"])
+            gain = metrics[sweep.tune] - first.setdefault((*key("", axes), noise, desirable), metrics[sweep.tune])
             edge = len(sweep.rates) > 1 and best in (0, len(sweep.rates) - 1)
             cells.append(
                 cell
                 | {"rate": f"{sweep.rates[best]:g}{' (edge)' if edge else ''}"}
                 | {name: spread(metrics[name]) for name in METRICS}
-                | {"accuracy over the first arm": spread(gain)}
+                | {f"{sweep.tune} over the first arm": spread(gain)}
                 | {"ms per fit": f"{1000 * seconds / fitted.loss.numel():.1f}"}
             )
             print(" ".join(f"{key} {value}" for key, value in cells[-1].items()), flush=True)
