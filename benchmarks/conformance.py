@@ -9,7 +9,8 @@ that it is meant for, a sound one must pass all of its clauses. Targets that dra
 and functions without arguments that have an attribute ``CLAUSE`` or ``WHY``. An attribute ``CLAUSE`` marks a faulty
 target and names the clause that should fail (``process``: it must be reported as not checkable); ``KIND``, one of the
 kinds in the table, overrides the kind that follows from the clause. The code is executed, as by ``halos check`` in a
-process of its own. The exit status is 1 if a target is missed or refused.
+process of its own. Each result is printed as it comes, then the table. The exit status is 1 if a target is missed or
+refused.
 """
 
 from __future__ import annotations
@@ -205,13 +206,14 @@ def table(checked: Sequence[Checked]) -> Iterator[str]:
         yield f"| {kind} | {' | '.join(counts)} | {', '.join(wrong)} |"
 
 
-def details(checked: Sequence[Checked]) -> Iterator[str]:
-    """Lines of a Markdown table with a line for each target."""
-    yield "| target | faulty | right | verdict and first witness |"
-    yield "|---|---|---|---|"
-    for one in checked:
-        yes_or_no = ("yes" if mark else "no" for mark in (one.target.faulty, one.right))
-        yield f"| {cell(one.target.name)} | {' | '.join(yes_or_no)} | {cell(one.said)} |"
+def line(one: Checked, detailed: bool) -> str:
+    """The result on a target: ``caught`` or ``missed`` if it is faulty, else ``passed`` or ``refused``, and its name.
+
+    What was said is added if it is wrong, or on request.
+    """
+    right, wrong = ("caught", "missed") if one.target.faulty else ("passed", "refused")
+    said = f": {' '.join(one.said.split())}" if detailed or not one.right else ""
+    return f"{right if one.right else wrong}: {one.target.name}{said}"
 
 
 def cell(text: str) -> str:
@@ -220,7 +222,7 @@ def cell(text: str) -> str:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Checks the targets and prints the tables.
+    """Checks the targets, prints each result as it comes, and the table.
 
     Raises:
         SystemExit: 1 if a target is missed or refused, 2 if a file cannot be used.
@@ -230,7 +232,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1, help="how often targets of tests/meta are drawn")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds that each target may take")
     parser.add_argument("--memory", default="4GB", help="memory that a check may take")
-    parser.add_argument("--details", action="store_true", help="also print a line for each target")
+    parser.add_argument(
+        "--details", action="store_true", help="also print the verdict and first witness of each target"
+    )
     options = parser.parse_args(words)
     memory = size_of(options.memory)
     if not (options.timeout > 0 and options.seeds > 0 and memory):
@@ -246,11 +250,8 @@ def main(words: list[str] | None = None) -> None:
         checked = []
         for target in targets:
             checked.append(one := check(target, child))
-            if not one.right:
-                print(f"{'missed' if target.faulty else 'refused'}: {target.name}: {one.said}", file=sys.stderr)
-    print(*table(checked), sep="\n")
-    if options.details:
-        print("", *details(checked), sep="\n")
+            print(line(one, options.details), flush=True)
+    print("", *table(checked), sep="\n")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"\n{len(checked)} targets, {used.ru_utime + used.ru_stime:.0f} s of CPU")
     if not all(one.right for one in checked):

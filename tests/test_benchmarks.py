@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,13 +102,41 @@ def test_caught_and_passed_are_counted_by_kind(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit) as left:
         conformance.main([str(tmp_path / "corpus.py")])
     assert left.value.code == 1  # for Hidden, which is not faulty at all
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    lines = capsys.readouterr().out.splitlines()
+    found = dict(reversed(line.split(": ")[:2]) for line in lines[: lines.index("")])
+    assert found == {
+        "corpus.Rises": "passed",
+        "corpus.Falls": "caught",
+        "corpus.Hidden": "missed",
+        "corpus.Leaves": "caught",
+        "corpus.made": "caught",
+    }
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
     counts = {row[0]: row[1:] for row in rows}
     assert counts["values and gradients"][:2] == ["2 / 2", "–"]
     assert counts["state and time"] == ["0 / 1", "–", "corpus.Hidden"]
     assert counts["false alarms"][:2] == ["–", "1 / 1"]
     assert counts["the process"][:2] == ["1 / 1", "–"]
     assert counts["all"][:2] == ["3 / 4", "1 / 1"]
+
+
+def test_what_was_found_is_printed_before_the_next_target_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = conformance.check
+
+    def cut_off(target: conformance.Target, child: Any) -> conformance.Checked:
+        if target.name == "corpus.Falls":
+            raise KeyboardInterrupt
+        return check(target, child)
+
+    (tmp_path / "corpus.py").write_text(CORPUS)
+    monkeypatch.setattr(conformance, "check", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        conformance.main([str(tmp_path / "corpus.py"), "--details"])
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("passed: corpus.Rises: ")
+    assert len(line) > len("passed: corpus.Rises: ")
 
 
 @pytest.mark.parametrize("text", ["raise ValueError(3)", "x = 1", "from value_functions import Logistic as L"])
