@@ -256,6 +256,26 @@ def test_the_error_for_an_unknown_option_lists_similar_ones(capfd, tmp_path, opt
     assert len(message.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "takes"),
+    [
+        ("check Tanh Logistic", "one TARGET"),
+        ("prove Tanh Logistic", "one TARGET"),
+        ("verify a.json b.json", "one CERTIFICATE"),
+        ("compare a b c", "one FIRST and one SECOND"),
+    ],
+)
+def test_the_error_for_too_many_words_says_how_many_a_command_takes(capfd, words, takes):
+    [line] = refused(capfd, words.split(), status=2).splitlines()
+    assert f"unrecognized arguments: {words.split()[-1]}; it takes {takes}, and" in line
+
+
+@pytest.mark.parametrize("words", [["--bogus"], ["--definition", "v7"], [], ["--timeout", "soon"]])
+def test_the_errors_of_halos_check_about_its_options_are_one_line(capfd, words):
+    [line] = refused(capfd, ["check", *words], status=2).splitlines()
+    assert line.startswith("halos check: error: ")
+
+
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
     ("objective", "option", "said"),

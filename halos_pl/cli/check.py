@@ -8,10 +8,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from rich.console import Console
 
+from halos_pl.cli.errors import UsageError
 from halos_pl.cli.targets import MEMORY, TIMEOUT, limited_child, loaded
 from halos_pl.cli.verdicts import verdicts
 from halos_pl.common.experiments import objectives
@@ -136,13 +137,20 @@ def _check_one(child: Child, options: argparse.Namespace) -> Report:
     return report
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: error: {plain(' '.join(message.split()))}. All options: {self.prog} --help")
+
+
 def run(words: list[str]) -> None:
     """``halos check WORDS``. Unlike in other commands, flags take no value and the target is optional.
 
     Raises:
         SystemExit: 1 if the target is no HALO or fails its clauses, 2 if it could not be checked.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="halos check",
         description="Check a loss, or a part of one, against the definition of human-aware losses.",
         epilog="Exit status: 0 for a HALO, or a plug-in that passes its clauses; 1 otherwise; 2 if the target could not"
@@ -182,7 +190,14 @@ def run(words: list[str]) -> None:
     parser.add_argument(
         "--memory", metavar="SIZE", default=MEMORY, help=f"memory that a check may take; default: {MEMORY}"
     )
-    options = parser.parse_args(words)
+    options, others = parser.parse_known_args(words)
+    if others:
+        hint = (
+            ""
+            if any(word.startswith("-") for word in others)
+            else "; it takes one TARGET, and options that begin with --"
+        )
+        parser.error(f"unrecognized arguments: {' '.join(others)}{hint}")
     if options.explain is not None:
         if options.all or options.target is not None:
             parser.error("--explain takes no target; give one clause, or none to list them")

@@ -82,7 +82,10 @@ class HalosParser(ArgumentParser):
             fault = f"{missing[2]} must be given{how}"
         elif named := [name for name in positionals if re.search(rf"^unrecognized arguments: .*--{name}\b", fault)]:
             fault = f"{', '.join(f'--{name}' for name in named)} is no option; give the value without it: {form}"
-        elif word := re.match(r"unrecognized arguments: ([^-\s]\S*)", fault):
+        elif (word := re.match(r"unrecognized arguments: ([^-\s]\S*)", fault)) and positionals:
+            takes = " and ".join(f"one {name.upper()}" for name in positionals)
+            fault = f"{fault}; it takes {takes}, and options that begin with --"
+        elif word:
             fault = f"{fault}; {misplaced(word[1]) or 'an option begins with --, as in --objective NAME'}"
         elif unknown := re.search(UNKNOWN_OPTION, fault):
             fault = f"{fault.rstrip('.')}.{self._near(unknown['key'])} All options: {command} --help"
