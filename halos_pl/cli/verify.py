@@ -12,7 +12,10 @@ from halos_pl.common.messages import plain
 
 
 def verify(certificate: Path, *, timeout: float = TIMEOUT, memory: str = MEMORY) -> None:
-    """Check a certificate of halos prove, by a program that shares no code with the prover.
+    """Check a certificate of halos prove, without the search for the proof.
+
+    The expression in it is checked by a program of its own. That this is the expression of v is checked by code that
+    halos prove uses as well: what constructs, hashes and runs v.
 
     The code of the function that the certificate names is executed, in a process of its own. Exit status: 0 if every
     claim that the certificate makes holds, 1 if it is refused, 2 if it is no certificate, proves nothing, or could not
