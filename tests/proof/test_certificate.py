@@ -12,7 +12,6 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-import mpmath
 import pytest
 import torch
 from certificates import accepted, certified
@@ -352,37 +351,3 @@ def test_the_checker_is_small_and_uses_nothing_of_the_prover():
     for module in (form, agreement, construction):
         own = {name for name in imports(module) if name.startswith("halos_pl")}
         assert own <= {"halos_pl.proof.verify", "halos_pl.proof.construction"}
-
-
-def test_interval_arithmetic_of_another_library_confirms_the_signs():
-    """mpmath's iv encloses the slope and curvature of the chain, read from the certificate, at random cells."""
-    data = certified(BUILDS["Mixture"])
-    graph = data["graphs"][data["claims"][0]["graph"]]
-    functions = {"sigmoid": lambda x: 1 / (1 + mpmath.iv.exp(-x)), "exp": mpmath.iv.exp}
-    own = construction.unknowns(BUILDS["Mixture"]())
-
-    def at(u: Any) -> Any:
-        known = [u, *(mpmath.iv.mpf(own[p["name"]].number) for p in graph["parameters"])]
-
-        def of(data: Any) -> Any:
-            top, bottom = (sum((_product(c, powers, known) for c, powers in terms), mpmath.iv.mpf(0)) for terms in data)
-            return top / bottom
-
-        for kernel in graph["kernels"]:
-            known.append(functions[kernel["kind"]](of(kernel["argument"])))
-        piece = next(p for p in graph["pieces"] if (p["low"] is None) == (u.b <= 0))
-        return of(piece["value"])
-
-    for u in (-40.0, -3.0, 0.5, 2.0, 60.0):
-        low, middle, high = (at(mpmath.iv.mpf(u + d)) for d in (-0.25, 0.0, 0.25))
-        assert (high - low).a > 0
-        if u > 0:
-            assert (2 * middle - low - high).a > 0
-
-
-def _product(coefficient: str, powers: list[list[int]], known: list[Any]) -> Any:
-    top, _, bottom = coefficient.partition("/")
-    value = mpmath.iv.mpf(int(top)) / int(bottom or 1)
-    for variable, power in powers:
-        value *= known[variable] ** power
-    return value
