@@ -51,7 +51,7 @@ def misplaced(claim: Any, graph: Any, draw: Random) -> None:
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_certificates_hold_for_another_interval_arithmetic_and_changed_ones_do_not(name):
+def test_certificates_hold_for_another_interval_arithmetic_and_changed_ones_do_not(name, fewer_points):
     data = certified(BUILDS[name])
     second_engine.check(data, Random(0), 2)
     for change in (turned, moved, dropped, misplaced):
@@ -66,7 +66,7 @@ def test_certificates_hold_for_another_interval_arithmetic_and_changed_ones_do_n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*SOUND, *SHIPPED])
-def test_every_certificate_holds_for_another_interval_arithmetic(name):
+def test_every_certificate_holds_for_another_interval_arithmetic(name, fewer_points):
     data = certified(lambda: Composed(SOUND[name]) if name in SOUND else example(SHIPPED[name]))
     second_engine.check(data, Random(name), 20)
 
