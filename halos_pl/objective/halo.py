@@ -268,7 +268,10 @@ class HALO(Objective):
         return TermContext(sign, weight, sum_over_ranks(denominator), z0)
 
     def compute_loss(self, rows: LogProbBatch, context: TermContext) -> Result:
+        # A view, so that slopes in the reward run no hook of the model: where it is the model's own output, one of FSDP
+        # would gather weights in the middle of the step.
         reward = self.reward(rows)
+        reward = reward.view_as(reward)
         estimate = context.reference_point or self.estimate(reward, rows)
         z0, sign, weight = estimate.value, context.sign, context.weight
         if reward.dim() == 2:  # each token is an outcome with its row's sign and weight
