@@ -35,6 +35,11 @@ _COMMANDS = ("lightning_cli", "ablate", "check", "export", "inspect")
 _CONTEXT.set_forkserver_preload(["without_extras", *(f"halos_pl.cli.{name}" for name in _COMMANDS)])
 
 
+def line_of(path: Path, text: str) -> int:
+    """The number of the first line of a file that contains a text."""
+    return next(i for i, line in enumerate(path.read_text().splitlines(), start=1) if text in line)
+
+
 def _start() -> None:
     """Starts that process where it is not there yet; it finds ``without_extras`` on its path."""
     here = str(Path(__file__).parent)

@@ -22,7 +22,7 @@ import yaml
 from filelock import FileLock, Timeout
 from hypothesis import given
 from hypothesis import strategies as st
-from run_halos import ROOT, binary_data, pair_data
+from run_halos import ROOT, binary_data, line_of, pair_data
 
 from halos_pl.cli.ablate import Parsers
 from halos_pl.cli.main import main
@@ -116,10 +116,6 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(processes, "run_command", process)
     return called
-
-
-def line_of(path: Path, text: str) -> int:
-    return next(i for i, line in enumerate(path.read_text().splitlines(), start=1) if text in line)
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {

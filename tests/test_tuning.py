@@ -17,7 +17,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from run_halos import ROOT, write_jsonl
+from run_halos import ROOT, line_of, write_jsonl
 
 from halos_pl.cli.ablate import Parsers
 from halos_pl.cli.main import main
@@ -84,10 +84,6 @@ def make(tiny_folder: Path, tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return made
-
-
-def line_of(path: Path, text: str) -> int:
-    return next(i for i, line in enumerate(path.read_text().splitlines(), start=1) if text in line)
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -155,7 +156,7 @@ def _add(
             read.texts.append(str(tokenizer.decode(completion, skip_special_tokens=True)))
             read.tokens.append(tokens[i])
             if logps is not None:
-                if not torch.isfinite(torch.tensor(logps[i])):
+                if not math.isfinite(logps[i]):
                     raise DataError(f"{batch.row_ids[i]}: log pi_ref is {logps[i]}; leave the row out")
                 read.reference_logps.append(logps[i])
         place.append(known[key])

@@ -103,10 +103,9 @@ class Case:
     def _on(self, claim: Claim, number: int, piece: Piece, decision: Decision) -> None:
         """Decides a claim on a piece; if need be, with related exponentials written as powers of one."""
         other = in_one_exponential(self.field, piece.expression)
-        ways = [(piece, FEW_CELLS), *([] if other is None else [(replace(piece, value=other), FEW_CELLS)])]
-        for way, most in ways:
+        for way in [piece] if other is None else [piece, replace(piece, value=other)]:
             try:
-                decision.cells[number] = list(self._cells(claim, way, most))
+                decision.cells[number] = list(self._cells(claim, way, FEW_CELLS))
                 decision.forms[number] = way.expression
                 return
             except (UndecidedError, UndefinedError):
@@ -207,10 +206,11 @@ class Case:
     def _between(self, claim: Claim, left: Piece, right: Piece, seam: Seam, box: Box, decision: Decision) -> None:
         """Neither v nor its slope jumps against the claim between two pieces that may meet at a seam."""
         before, after = (self._limit(p.expression, seam, box) for p in (left, right))
-        self._step(claim, before, after, 0 if claim.order == 2 else 1, seam, box, decision)
+        rise = 0 if claim.order == 2 else 1
+        self._step(claim, before, after, rise, seam, box, decision)
         for at in values_at(self.splitter, seam, (left, right), box):
-            self._step(claim, before, at, 0 if claim.order == 2 else 1, seam, box, decision)
-            self._step(claim, at, after, 0 if claim.order == 2 else 1, seam, box, decision)
+            self._step(claim, before, at, rise, seam, box, decision)
+            self._step(claim, at, after, rise, seam, box, decision)
         if claim.order == 2:
             slopes = [self._limit(p.expression.derivative, seam, box) for p in (left, right)]
             self._step(claim, slopes[0], slopes[1], claim.sign, seam, box, decision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
@@ -172,7 +172,7 @@ def prove(v: nn.Module) -> Proof:
         plain = trace(v, {name: symbol for name, (symbol, _) in learnable.items()})
         deadline = time.process_time() + SECONDS
         entries = _entries(learnable)
-        outcomes = _decided(plain, entries, CLAIMS, _samples(entries, entries), deadline)
+        outcomes = _decided(plain, entries, CLAIMS, _samples(entries), deadline)
         if why := _unfaithful(v, plain, learnable):
             outcomes = _undecided(why)
         proved = [outcome.claim for outcome in outcomes.values() if outcome.status == "proved"]
@@ -183,7 +183,7 @@ def prove(v: nn.Module) -> Proof:
             if added:
                 own = {name: value for name, (_, value) in entries.items()}
                 why = difference(v, graph, {name: symbol for name, (symbol, _) in unknowns.items()}, added, own)
-                others = _samples(entries, entries)[1:]  # those with its own hyper-parameters disproved nothing
+                others = _samples(entries)[1:]  # those with its own hyper-parameters disproved nothing
                 wider = _undecided(why, _scope(entries, graph))
                 if not why:
                     wider |= _decided(graph, entries, proved, others, deadline)
@@ -206,12 +206,12 @@ def _undecided(why: str, scope: str = "") -> dict[str, Outcome]:
     return {claim.name: Outcome(claim, "undecided", scope, why) for claim in CLAIMS}
 
 
-def _samples(entries: Mapping[str, tuple[Interval, Fraction]], varied: Collection[str]) -> list[dict[str, Fraction]]:
-    """Values of the parameters, their own and with others for those that may vary: all of them, and each alone."""
+def _samples(entries: Mapping[str, tuple[Interval, Fraction]]) -> list[dict[str, Fraction]]:
+    """Values of the parameters within their ranges: their own, and others for all of them and for each alone."""
     own = {name: value for name, (_, value) in entries.items()}
 
     def moved(values: Mapping[str, Fraction]) -> dict[str, Fraction]:
-        return own | {name: x for name, x in values.items() if name in varied and entries[name][0].contains(x)}
+        return own | {name: x for name, x in values.items() if entries[name][0].contains(x)}
 
     samples = [own]
     for i, other in enumerate(_TRIED):

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from certificates import accepted, certified
 from compositions import Case, Composed, faulty, sound
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
+from laws import law
 from make_parts import example, library
 from torch import Tensor, nn
 
@@ -323,38 +324,27 @@ def _holds(case: Case, *claims: str) -> None:
         assert not (not case.fails and found[claim] == "disproved"), case.text
 
 
-def _law(examples: int) -> Any:
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-
-
-@_law(5)
+@law(5)
 @given(sound())
 def test_sound_compositions_are_not_disproved(case):
     _holds(case, *DESIRABLE)
 
 
-@_law(15)
+@law(15)
 @given(faulty())
 def test_faulty_compositions_are_not_proved(case):
     _holds(case, *case.fails)
 
 
 @pytest.mark.slow
-@_law(2500)
+@law(2500)
 @given(sound())
 def test_2500_sound_compositions(case):
     _holds(case, *DESIRABLE)
 
 
 @pytest.mark.slow
-@_law(2500)
+@law(2500)
 @given(faulty())
 def test_2500_faulty_compositions(case):
     _holds(case, *case.fails)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
+from laws import law
 from make_parts import WRAPPERS, example, library
 from parametrized import FORMULAS, Parametrized, violation
 
@@ -39,31 +40,20 @@ def test_wrappers_are_decided_for_all_parameters_of_theirs_and_of_what_they_wrap
             assert for_all or outcome.reason.startswith("disproved for"), str(outcome)
 
 
-def _law(examples: int) -> Any:
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-
-
 def _require_true(formula: str) -> None:
     for claim, outcome in prove(Parametrized(formula=formula)).outcomes.items():
         if outcome.status == "proved" and "given" not in outcome.scope:
             assert not violation(formula, claim), str(outcome)
 
 
-@_law(10)
+@law(10)
 @given(FORMULAS)
 def test_what_is_proved_for_all_parameters_holds_for_some(formula):
     _require_true(formula)
 
 
 @pytest.mark.slow
-@_law(600)
+@law(600)
 @given(FORMULAS)
 def test_what_600_proofs_say_holds_for_some_parameters(formula):
     _require_true(formula)
