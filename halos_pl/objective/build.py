@@ -187,7 +187,8 @@ def _change(parts: dict[str, Any], key: str, value: Any, names: Iterable[str]) -
     for name in outer:
         if not isinstance(parts.get(name), dict):
             raise ValueError(f"{key} cannot be changed: the objective's file has no mapping {name}")
-        parts[name] = parts = dict(parts[name])
+        inner = dict(parts[name])
+        parts[name], parts = inner, inner
     parts[last] = value
 
 
