@@ -124,7 +124,7 @@ def files_of(source: Source) -> list[Source]:
     A folder of ``save_to_disk`` is one source.
 
     Raises:
-        ValueError: there are several files and ``rows`` is set, or the files are of several splits.
+        ValueError: there are several files and ``rows`` or ``skip`` is set, or the files are of several splits.
     """
     if isinstance(source, MemorySource):
         return [source]
@@ -142,11 +142,12 @@ def files_of(source: Source) -> list[Source]:
             f"{source.path}: the files belong to several splits (train, {', '.join(held_out)});"
             " name the files of one split"
         )
-    if source.rows is not None and len(files) > 1:
-        raise ValueError(
-            f"{source.path}: rows is {source.rows}, which counts per file, but there are {len(files)} files; name them"
-            " one by one"
-        )
+    for name in ("skip", "rows"):
+        if (number := getattr(source, name)) and len(files) > 1:
+            raise ValueError(
+                f"{source.path}: {name} is {number}, which counts per file, but there are {len(files)} files; name them"
+                " one by one"
+            )
     return [replace(source, path=str(file)) for file in files] or [source]
 
 
@@ -258,14 +259,18 @@ def _read(source: Source) -> Read:
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """The rows of a source in order, at most ``source.rows``, in bounded memory.
+    """The rows of a source in order, at most ``source.rows`` after the first ``source.skip``, in bounded memory.
 
     Yields:
         The line where a row begins (or the row's number), from 1, and the row, or a ``Fault`` for one that cannot be
-        read. Nothing follows a ``fatal`` fault. A source without rows is a fatal fault.
+        read. Nothing follows a ``fatal`` fault. A source without rows is a fatal fault. Faults of skipped rows are
+        not reported, but no row after a fatal one can be read.
     """
-    empty = True
-    for line, row in islice(_read(source), source.rows):
+    empty, number = True, 0
+    stop = None if source.rows is None else source.skip + source.rows
+    for number, (line, row) in enumerate(islice(_read(source), stop), start=1):
+        if number <= source.skip and not (isinstance(row, Broken) and row.ends):
+            continue
         empty = False
         place = source.place(line) if line else source.path
         if isinstance(row, Broken):
@@ -279,4 +284,9 @@ def rows(source: Source) -> Iterator[Row]:
         else:
             yield line, Fault(place, f"the row is {short(row)}, not an object with a value for each column")
     if empty:
-        yield 0, Fault(source.path, "contains no rows; check that it was written completely", fatal=True)
+        why = (
+            f"skip is {source.skip}, but it has {number} rows"
+            if number
+            else "contains no rows; check that it was written completely"
+        )
+        yield 0, Fault(source.path, why, fatal=True)

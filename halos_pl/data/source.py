@@ -30,14 +30,15 @@ class Source:
         ignore: columns, message keys and placeholders such as ``<image>`` that may be dropped although they carry
             meaning.
         max_row_mb: size limit of a row in megabytes; a larger row is a fault.
-        rows: number of rows to read, from the start; null: all. With ``streaming`` no more are downloaded.
+        skip: number of rows to skip at the start, such as those of a validation split.
+        rows: number of rows to read after that; null: all. With ``streaming`` no more are downloaded.
         streaming: whether to read a hub data set row by row, without downloading it first.
         weight: how often a training epoch sees each row: 0.5 for half of the rows, drawn anew each epoch, 2.0 for each
             row twice.
 
     Raises:
-        ValueError: the path is empty or cannot be looked up, ``weight`` or ``max_row_mb`` is not a positive number, or
-            ``rows`` is below 1.
+        ValueError: the path is empty or cannot be looked up, ``weight`` or ``max_row_mb`` is not a positive number,
+            ``rows`` is below 1, or ``skip`` below 0.
     """
 
     path: str
@@ -49,6 +50,7 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)
     ignore: list[str] = field(default_factory=list)
     max_row_mb: float = 16.0
+    skip: int = 0
     rows: int | None = None
     streaming: bool = False
     weight: float = 1.0
@@ -93,6 +95,8 @@ class Source:
         for name in ("weight", "max_row_mb"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{self.path}: {name} is {getattr(self, name)}; it must be a number above 0")
+        if self.skip < 0:
+            raise ValueError(f"{self.path}: skip is {self.skip}; it must be at least 0")
         if self.rows is not None and self.rows < 1:
             raise ValueError(f"{self.path}: rows is {self.rows}; it must be at least 1, or null for all")
 

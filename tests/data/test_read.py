@@ -162,6 +162,25 @@ def test_rows_limits_what_is_read(tmp_path: Path) -> None:
     assert len(faults(path)) == 1
 
 
+def test_skip_and_rows_are_a_slice(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("{oops\n" + "".join(json.dumps(ROW | {"prompt": f"p{i}"}) + "\n" for i in range(4)))
+    whole = examples(path, skip=1)
+    assert len(whole) == 4
+    for skip in range(1, 5):
+        for rows in (1, 2, 9, None):
+            stop = None if rows is None else skip - 1 + rows
+            assert examples(path, skip=skip, rows=rows) == whole[skip - 1 : stop]
+    [none_left] = faults(path, skip=5)
+    assert none_left.fatal
+    assert "skip is 5, but it has 5 rows" in none_left.reason
+    write_jsonl(tmp_path / "b.jsonl", [ROW])
+    with pytest.raises(ValueError, match=r"skip is 3, .*there are 2 files"):
+        files_of(Source(f"{tmp_path}/*.jsonl", skip=3))
+    with pytest.raises(ValueError, match=r"skip is -1"):
+        Source(str(path), skip=-1)
+
+
 def test_columns_are_renamed(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "p", "prompt": 3, "good": "c", "bad": "r"}])
     columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
