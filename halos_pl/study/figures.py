@@ -43,6 +43,7 @@ CURVES = {
     "training/z0": Curve("reference point z0", "nats"),
     "training/z0_standard_error": Curve("standard error of z0", "nats"),
     "training/gains": Curve("outcomes that are gains", "share"),
+    "training/rho": Curve("rho: slopes of desirable rows over those of undesirable ones", "ratio"),
 }
 
 

@@ -36,6 +36,7 @@ TRAINING = {
     "training/z0": "outcome/z0",
     "training/z0_standard_error": "outcome/z0_standard_error",
     "training/gains": "outcome/gains",
+    "training/rho": "outcome/rho",
 }
 #: Maximum number of steps to keep of a curve, evenly spaced.
 STEPS = 400

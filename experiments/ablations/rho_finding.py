@@ -1,0 +1,264 @@
+"""Finding 1: at equal rho, does the value function change the KL? Prints every number of docs/findings/rho.md.
+
+    python experiments/ablations/rho_finding.py FOLDER [FOLDER ...] [--plot FILE]
+
+A FOLDER has the report of ``ablations/rho`` or ``ablations/rho_beta_1``, finished or not: the script reads its
+``values.csv.gz``. Hypothesis, metric and decision rule are in the head of rho.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from halos_pl.study.read import load_study
+from halos_pl.study.recorded import read_recorded
+from halos_pl.study.results import Results
+from halos_pl.study.run_variance import Runs, run_variance
+from halos_pl.study.spec import StudyError
+
+Values = NDArray[np.float64]
+BASELINE, METRIC, RHO = "logistic", "kl_held_out", "training/rho"
+#: Largest ratio of KL divergences that counts as equivalent, largest deviation from the target rho, and error rate.
+MARGIN, OFF, LEVEL = 1.1, 0.1, 0.05
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm: a value function at a target of rho.
+
+    Attributes:
+        function: name of the value function.
+        target: target of rho.
+        achieved: for each seed, the geometric mean of rho over the steps after the first.
+        runs: KL divergence [seeds, examples], nats.
+    """
+
+    function: str
+    target: float
+    achieved: tuple[float, ...]
+    runs: Runs
+
+    @property
+    def mean_rho(self) -> float:
+        return math.exp(float(np.mean(np.log(self.achieved))))
+
+    @property
+    def on_target(self) -> bool:
+        return 1 / (1 + OFF) <= self.mean_rho / self.target <= 1 + OFF
+
+    @property
+    def log_kl(self) -> Values:
+        """Log of each run's mean KL divergence [seeds]."""
+        means: Values = self.runs.values.mean(axis=1)
+        return np.log(means)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A value function against the logistic one, on the log of the KL divergence, averaged over rho.
+
+    Attributes:
+        function: name of the value function.
+        ratio, low, high: the ratio of KL divergences, and its interval at the level of one decision.
+        power: chance to find equivalence if the true ratio is 1.
+        decision: ``equivalent``, ``different`` or ``not decidable at this size``.
+    """
+
+    function: str
+    ratio: float
+    low: float
+    high: float
+    power: float
+    decision: str
+
+
+def contrast(function: str, pairs: Sequence[tuple[Arm, Arm]], variance: float, freedom: float, tests: int) -> Contrast:
+    """The contrast of a value function with the logistic one, over runs and examples.
+
+    The interval has level 1 - 2 LEVEL / tests, so it lies within the margin exactly if both one-sided tests at
+    LEVEL / tests reject (Schuirmann 1987).
+
+    Args:
+        function: its name.
+        pairs: its arm and the logistic arm, for each rho that both have.
+        variance, freedom: variance of a run's log mean without the effect of the seed, and its degrees of freedom.
+        tests: number of value functions that are tested.
+    """
+    each = []
+    for mine, base in pairs:
+        seeds = tuple(sorted({*mine.runs.seeds} & {*base.runs.seeds}))
+        a, b = mine.runs.logs, base.runs.logs
+        assert a is not None
+        assert b is not None
+        each.append((a.on(seeds) - b.on(seeds)).mean(axis=0))
+    by_example = np.mean(each, axis=0)
+    runs = sum(1 / len(m.runs.seeds) + 1 / len(b.runs.seeds) for m, b in pairs) / len(pairs) ** 2
+    parts = np.array([variance * runs, by_example.var(ddof=1) / len(by_example)])
+    error = math.sqrt(parts.sum())
+    df = parts.sum() ** 2 / float((parts**2 / np.array([freedom, len(by_example) - 1])).sum())
+    reach = float(stats.t.ppf(1 - LEVEL / tests, df)) * error
+    mean, margin = float(by_example.mean()), math.log(MARGIN)
+    low, high = mean - reach, mean + reach
+    power = max(0.0, 2 * float(stats.t.cdf((margin - reach) / error, df)) - 1)
+    decision = "not decidable at this size"
+    if -margin < low and high < margin:
+        decision = "equivalent"
+    elif low > 0 or high < 0:
+        decision = "different"
+    return Contrast(function, math.exp(mean), math.exp(low), math.exp(high), power, decision)
+
+
+class Finding:
+    """The finding for one study.
+
+    Args:
+        arms: its arms, those off their target included.
+    """
+
+    def __init__(self, arms: Sequence[Arm]) -> None:
+        self.arms = arms
+        self.kept = [arm for arm in arms if arm.on_target]
+
+    @cached_property
+    def contrasts(self) -> list[Contrast]:
+        """The contrasts of all value functions that share a rho with the logistic one."""
+        logs = {f"{arm.function} {arm.target}": Runs(arm.log_kl[:, None], arm.runs.seeds) for arm in self.kept}
+        spread = run_variance(logs)
+        if spread is None or not spread.paired_df:
+            return []
+        base = {arm.target: arm for arm in self.kept if arm.function == BASELINE}
+        functions = list(dict.fromkeys(arm.function for arm in self.arms if arm.function != BASELINE))
+        shared = {
+            f: [(arm, base[arm.target]) for arm in self.kept if arm.function == f and arm.target in base]
+            for f in functions
+        }
+        return [
+            contrast(f, pairs, spread.paired, spread.paired_df, len(functions)) for f, pairs in shared.items() if pairs
+        ]
+
+    def explained(self) -> Mapping[str, float]:
+        """Shares of the variance of log KL, seeds apart: by log rho, by v after that, by their interaction, the rest.
+
+        Sums of squares of nested least-squares fits with each run's achieved rho.
+        """
+        y = np.concatenate([arm.log_kl for arm in self.kept])
+        seeds = [seed for arm in self.kept for seed in arm.runs.seeds]
+        rho = np.concatenate([np.log(arm.achieved) for arm in self.kept])
+        functions = [arm.function for arm in self.kept for _ in arm.runs.seeds]
+        of_seed = np.array([[s == each for each in sorted(set(seeds))] for s in seeds], float)
+        of_function = np.array([[f == each for each in sorted(set(functions))] for f in functions], float)
+        designs = [of_seed]
+        for more in (rho[:, None], of_function, of_function * rho[:, None]):
+            designs.append(np.hstack([designs[-1], more]))
+        rest = [float(((y - x @ np.linalg.lstsq(x, y, rcond=None)[0]) ** 2).sum()) for x in designs]
+        names = ("log rho", "value function", "their interaction")
+        return {name: (rest[i] - rest[i + 1]) / rest[0] for i, name in enumerate(names)} | {"rest": rest[-1] / rest[0]}
+
+    @property
+    def decision(self) -> str:
+        """The decision on the hypothesis."""
+        decisions = [each.decision for each in self.contrasts]
+        functions = {arm.function for arm in self.arms} - {BASELINE}
+        if "different" in decisions:
+            return "refuted"
+        if decisions and len(decisions) == len(functions) and set(decisions) == {"equivalent"}:
+            return "holds"
+        return "not decidable at this size"
+
+    def lines(self) -> Iterator[str]:
+        for each in self.contrasts:
+            yield f"power, {each.function}: {each.power:.2f} to find equivalence within a factor of {MARGIN}"
+        yield "| value function | target rho | achieved | KL, nats | |"
+        yield "|---|---|---|---|---|"
+        for arm in self.arms:
+            kl = ", ".join(f"{math.exp(each):.3g}" for each in arm.log_kl)
+            off = "" if arm.on_target else f"excluded: {100 * (arm.mean_rho / arm.target - 1):+.0f} %"
+            yield f"| {arm.function} | {arm.target:g} | {arm.mean_rho:.3g} | {kl} | {off} |"
+        if self.kept:
+            shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.explained().items())
+            yield f"variance of log KL, seeds apart: {shares}"
+        for each in self.contrasts:
+            yield (
+                f"{each.function} / {BASELINE}: KL ratio {each.ratio:.3f} [{each.low:.3f}, {each.high:.3f}]:"
+                f" {each.decision}"
+            )
+        yield f"hypothesis: {self.decision}"
+
+
+def read_arms(folder: Path) -> list[Arm]:
+    """The arms of a study's folder that have finished runs.
+
+    Raises:
+        StudyError: if the folder has no values, or an arm is not a value function at a rho.
+    """
+    study = load_study(folder / "study.yaml")
+    results = Results(study, folder, read_recorded(study, folder))
+    arms = []
+    for arm in results.study.arms:
+        name = re.fullmatch(r"(.+) rho=([\d.]+)", arm.name)
+        if name is None:
+            raise StudyError(f"{folder}: arm {arm.name!r} is not named as 'FUNCTION rho=NUMBER'")
+        seeds = results.seeds(arm)
+        values = results.values(METRIC, arm, seeds)
+        if values is None:
+            continue
+        curves = results.figures(arm, RHO)
+        if len(curves) < len(seeds):
+            raise StudyError(f"{folder}: a run of arm {arm.name!r} has no {RHO}")
+        achieved = [float(np.mean([math.log(y) for step, y in curve.items() if int(step)])) for curve in curves]
+        arms.append(Arm(name[1], float(name[2]), tuple(map(math.exp, achieved)), Runs(values, seeds)))
+    if not arms:
+        raise StudyError(f"{folder}: no finished run")
+    return arms
+
+
+def plot(findings: Mapping[str, Finding], path: Path) -> None:
+    """KL against achieved rho, a panel per study and a point per run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(findings), 3.6), layout="constrained")
+    functions = list(dict.fromkeys(arm.function for finding in findings.values() for arm in finding.arms))
+    axes = figure.subplots(1, len(findings), squeeze=False)[0]
+    for axis, (title, finding) in zip(axes, findings.items(), strict=True):
+        for number, function in enumerate(functions):
+            arms = [arm for arm in finding.arms if arm.function == function]
+            x = [rho for arm in arms for rho in arm.achieved]
+            y = [math.exp(each) for arm in arms for each in arm.log_kl]
+            axis.plot(x, y, "osD^v"[number % 5], color=f"C{number}", label=function, markersize=5, alpha=0.8)
+        axis.set(
+            xscale="log", yscale="log", xlabel="achieved rho", ylabel="KL on held-out completions, nats", title=title
+        )
+        axis.grid(color="0.92")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--plot", type=Path, help="PNG file to write")
+    args = parser.parse_args(words)
+    findings = {}
+    for folder in args.folders:
+        try:
+            findings[folder.name] = finding = Finding(read_arms(folder))
+        except (OSError, StudyError) as error:
+            sys.exit(f"rho_finding: {error}")
+        print(f"\n{folder.name}", *finding.lines(), sep="\n")
+    if args.plot:
+        plot(findings, args.plot)
+
+
+if __name__ == "__main__":
+    main()
