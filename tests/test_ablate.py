@@ -264,7 +264,7 @@ def test_a_study_that_would_probably_miss_what_it_looks_for_runs_only_anyway(
     # Before anything is written, in one line that names the study's; and not if nothing is left to run.
     path, out = make(**many, power={**noise, "effect": 0.2}), tmp_path / "out"
     study = load_study(path)
-    checked = Checked({arm.title: CheckedArm(1, arm.name) for arm in study.arms}, 20, measured_as(study))
+    checked = Checked({arm.title: CheckedArm(1, arm.name, arm.name) for arm in study.arms}, 20, measured_as(study))
     monkeypatch.setattr(preflight, "check", lambda *_: checked)
     monkeypatch.setattr(report, "PICTURES", {})
 
@@ -498,7 +498,9 @@ def measured_as(study: Study) -> dict[str, Any]:
 
 
 def claimed(study: Study, out: Path, digests: dict[str, str]) -> None:
-    claim(study, out, Checked({name: CheckedArm(1, each) for name, each in digests.items()}, 3, measured_as(study)))
+    claim(
+        study, out, Checked({name: CheckedArm(1, each, each) for name, each in digests.items()}, 3, measured_as(study))
+    )
 
 
 def _pretend(study: Study, out: Path, run: int, metric: str, values: dict[str, float]) -> None:

@@ -9,7 +9,6 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,73 +16,29 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from run_halos import ROOT, line_of, write_jsonl
+from run_halos import line_of, write_jsonl
+from tuned_studies import LR, OBJECTIVE, Fakes, faked, maker, pairs
 
 from halos_pl.cli.ablate import Parsers
 from halos_pl.cli.main import main
-from halos_pl.evaluation.arguments import measuring
-from halos_pl.evaluation.evaluate import ARGUMENTS
-from halos_pl.study import preflight, processes, report
 from halos_pl.study.choice import choose
-from halos_pl.study.preflight import Checked, CheckedArm, check
+from halos_pl.study.preflight import check
 from halos_pl.study.read import load_study
 from halos_pl.study.recorded import VALUES, Recorded, read_recorded, write_recorded
 from halos_pl.study.report import write_report
 from halos_pl.study.results import Results
-from halos_pl.study.spec import Study, StudyError
+from halos_pl.study.spec import StudyError
 from halos_pl.study.tune import Tune
-
-LR = "model.optimizer.init_args.lr"
-OBJECTIVE = f"{ROOT}/experiments/objectives"
-
-
-def pairs(prefix: str, n: int) -> list[dict[str, str]]:
-    return [{"prompt": f"{prefix} {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(n)]
 
 
 @pytest.fixture
 def make(tiny_folder: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a study that tunes the learning rate; what is given replaces its keys, None removes one."""
-    rows = [{"prompt": f"train {i}", "completion": f"answer {i}", "label": i % 3 != 0} for i in range(12)]
-    write_jsonl(tmp_path / "train.jsonl", rows)
-    write_jsonl(tmp_path / "held_out.jsonl", pairs("report", 6))
-    write_jsonl(tmp_path / "validation.jsonl", pairs("validation", 5))
-    (tmp_path / "prompts.txt").write_text("ask one\nask two\n")
+    return maker(tiny_folder, tmp_path)
 
-    def made(**given: Any) -> Path:
-        tune = {
-            "option": LR,
-            "values": [1e-3, 1e-4, 1e-2],
-            "seeds": [100],
-            "held_out": [str(tmp_path / "validation.jsonl")],
-            "metric": "reward_accuracy",
-        }
-        content: dict[str, Any] = {
-            "configs": [f"{ROOT}/experiments/base.yaml"],
-            "options": {
-                "model.policy.path": str(tiny_folder),
-                "data.train": str(tmp_path / "train.jsonl"),
-                "data.batch_size": 4,
-                "trainer.accelerator": "cpu",
-                "trainer.max_steps": 2,
-            },
-            "arms": {
-                "kto": {"objective": f"{OBJECTIVE}/kto.yaml"},
-                "other": {"objective": f"{OBJECTIVE}/kto_identity.yaml", "tune": [0.1, 0.2]},
-            },
-            "seeds": [0, 1],
-            "evaluate": {"held_out": [str(tmp_path / "held_out.jsonl")], "max_length": 64},
-            "metrics": ["reward_accuracy", "kl_held_out"],
-            **given,
-            "tune": None if "tune" in given and given["tune"] is None else {**tune, **given.get("tune", {})},
-        }
-        if content["tune"] is not None:
-            content["tune"] = {key: value for key, value in content["tune"].items() if value is not None}
-        path = tmp_path / "study.yaml"
-        path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}, sort_keys=False))
-        return path
 
-    return made
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    return faked(monkeypatch)
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -166,73 +121,6 @@ def test_where_less_is_better_and_where_means_differ_by_rounding() -> None:
 
 
 # -- runs ---------------------------------------------------------------------------------------------------
-
-
-@cache
-def _measuring(words: tuple[str, ...]) -> dict[str, Any]:
-    parsed = Parsers().evaluate(["run", *words])
-    return measuring({name: parsed[name] for name in ARGUMENTS})
-
-
-class Fakes:
-    """Commands of a study that train nothing: what an arm scores depends on its rate and seed alone."""
-
-    def __init__(self) -> None:
-        self.called: list[str] = []
-        #: How many of the examples are right by arm and rate, and rates that fail, with the error.
-        self.right = {"kto": {1e-4: 2, 1e-3: 4, 1e-2: 3}, "other": {0.1: 1, 0.2: 3, 0.4: 5}}
-        self.fails: dict[tuple[str, float], str] = {}
-        self.stops_after: int | None = None
-
-    def run(self, words: list[str], log: Path, env: Any, lock: Any = None) -> int:
-        option = {word.partition("=")[0]: word.partition("=")[2] for word in words}
-        folder = Path(option["--run_dir"] if words[0] == "fit" else words[1])
-        if folder.name == "timed_step":
-            folder.mkdir(parents=True)
-            (folder / "summary.json").write_text('{"wall_seconds": 2.0}')
-            return 0
-        if self.stops_after is not None and len(self.called) >= self.stops_after:
-            raise KeyboardInterrupt
-        place = "/".join(folder.parts[-3:])
-        self.called.append(f"{words[0]} {place}")
-        arm, rate = folder.parts[-3], float(folder.parts[-2].removeprefix("lr="))
-        if words[0] == "fit":
-            if error := self.fails.get((arm, rate)):
-                log.parent.mkdir(parents=True, exist_ok=True)
-                with log.open("a") as file:
-                    file.write(f"halos: {error}\n")
-                return 1
-            assert float(option[f"--{LR}"]) == rate
-            folder.mkdir(parents=True, exist_ok=True)
-            summary = {"steps": 2, "planned_steps": 2, "finished": True, "trained": {"rows": 8, "tokens": 80}}
-            (folder / "summary.json").write_text(json.dumps(summary))
-            return 0
-        how = _measuring(tuple(words[2:]))
-        [data] = how["evaluate"]["held_out"]
-        prompts = [json.loads(line)["prompt"] for line in Path(data).read_text().splitlines()]
-        right = self.right[arm][rate] + int(folder.name.removeprefix("seed-")) % 2
-        scores = {f"{Path(data).name}:{i}": float(i < right) for i in range(len(prompts))}
-        kl = {name: 0.5 + rate + 0.1 * i for i, name in enumerate(scores)}
-        (folder / "measured.json").write_text(json.dumps(how))
-        (folder / "evaluation.json").write_text(json.dumps({"reward_accuracy": scores, "kl_held_out": kl}))
-        return 0
-
-
-@pytest.fixture
-def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
-    made = Fakes()
-    monkeypatch.setattr(processes, "run_command", made.run)
-    monkeypatch.setattr(report, "PICTURES", {})
-    monkeypatch.setattr(preflight, "check", _checked)  # the tests of the data check real ones
-    return made
-
-
-def _checked(study: Study, line: Any) -> Checked:
-    """What the pre-flight finds, without building a model for each value."""
-    of_report, of_tuning = (
-        _measuring(tuple(s.evaluation(s.possible_runs(Path())[-1])[2:])) for s in (study, study.validation)
-    )
-    return Checked({arm.title: CheckedArm(2, repr(arm)) for arm in study.variants}, 6, of_report, of_tuning)
 
 
 FILES = (VALUES, "record.json", "report.md", "report.html")

@@ -17,6 +17,7 @@ from halos_pl.common.stopping import Stopped
 from halos_pl.evaluation.files import FILE
 from halos_pl.run_dir import SUMMARY, shortfall, untold
 from halos_pl.study.choice import choices, tuned
+from halos_pl.study.earlier import EARLIER, Earlier, read_earlier
 from halos_pl.study.finished import finished
 from halos_pl.study.read import load_study
 from halos_pl.study.recorded import VALUES, read_recorded
@@ -63,6 +64,7 @@ def ablate(
     *,
     overrides: str | None = None,
     out: str | None = None,
+    resume_from: str | None = None,
     jobs: int = 1,
     keep_checkpoints: bool = False,
     anyway: bool = False,
@@ -74,11 +76,14 @@ def ablate(
         overrides: second file, or the name of a shipped one, which changes the scale: its options are added to those of
             the study, and its other keys, such as configs, seeds and evaluate, replace the study's.
         out: folder for all results; default: runs/NAME, after the study's file (and that of --overrides).
+        resume_from: folder with values.csv.gz and record.json of an earlier session, perhaps on another machine: its
+            runs count as done, and only missing ones are trained. Needed once: the files are copied to earlier/ of OUT.
         jobs: number of runs at a time; they share the CPU cores.
         keep_checkpoints: whether to keep the last checkpoint of each run after measuring it.
         anyway: whether to run a study that would probably miss the difference that it names.
     """
     # Imported here, so that status, which needs no model, starts in a second.
+    from halos_pl.study.adopt import adopt, check_earlier, unused
     from halos_pl.study.claim import claim
     from halos_pl.study.execute import execute, executor_of
     from halos_pl.study.planned_power import hopeless, power_lines
@@ -94,26 +99,32 @@ def ablate(
     if spec.cluster is not None:
         with tempfile.TemporaryDirectory() as elsewhere:  # submitit makes its folder before the study's is claimed
             executor_of(spec, Path(elsewhere))
+    earlier = check_earlier(spec, folder, checked, resume_from)
     trials = spec.trials(folder)
-    runs = [*trials, *_decided(spec, folder).runs(folder)]
-    going_on = not all(ended(run) for run in runs)
+    runs = [*trials, *_decided(spec, folder, earlier).runs(folder)]
+    left = [run for run in runs if not ended(run) and not earlier.has(run)]
+    going_on = bool(left)
     weak = hopeless(spec, checked.examples) if going_on else None
     if weak and not anyway:
         raise StudyError(f"{spec.places['effect']}: {weak}; run it as it is with --anyway")
-    claim(spec, folder, checked, weak)
+    claim(spec, folder, checked, weak, earlier)
+    said = adopt(earlier, resume_from) if resume_from is not None else []
     try:
         if going_on:
             print(plain("\n".join([*power_lines(spec, checked.examples), *([f"halos: {weak}"] if weak else [])])))
             # A cluster's nodes differ from the machine that submits to them.
-            times = None if spec.cluster is not None else timed_step(runs, folder, environment(jobs))
-            show_plan(spec, checked, runs, times, jobs)
-        failed = execute(spec, folder, jobs, keep_checkpoints, runs=trials)
+            times = None if spec.cluster is not None else timed_step(left, folder, environment(jobs))
+            show_plan(spec, checked, runs, left, times, jobs)
+        for line in [*said, *unused(_decided(spec, folder, earlier), earlier)]:
+            print(plain(f"halos: {line}"))
+        missing = [run for run in trials if not earlier.has(run)]
+        failed = execute(spec, folder, jobs, keep_checkpoints, runs=missing)
         spec = _decided(spec, folder)
         for arm in spec.arms if spec.tune else ():
             print(
                 plain(f"halos: {arm.name}: {'no value is chosen' if not arm.decided else arm.candidate + ' is chosen'}")
             )
-        decided = [run for run in spec.runs(folder) if run.arm.decided]
+        decided = [run for run in spec.runs(folder) if run.arm.decided and not earlier.has(run)]
         failed |= execute(spec, folder, jobs, keep_checkpoints, runs=decided)
     except (KeyboardInterrupt, Stopped):
         print("\nhalos: the runs were stopped; the same command resumes them", file=sys.stderr)
@@ -125,9 +136,9 @@ def ablate(
         raise StudyError(f"{bad} of {len(runs)} runs failed or are skipped{untuned}; see halos ablate status {folder}")
 
 
-def _decided(study: Study, folder: Path) -> Study:
+def _decided(study: Study, folder: Path, earlier: Earlier | None = None) -> Study:
     """The study, in which each arm whose tuning runs have ended has its chosen value."""
-    return tuned(study, tuning_in(study, folder).means)
+    return tuned(study, tuning_in(study, folder, earlier).means)
 
 
 def _report(study: Study, folder: Path) -> int:
@@ -181,14 +192,18 @@ def status(folder: str) -> None:
     runs = [*study.trials(Path(folder)), *study.runs(Path(folder))]
     metrics, faults = finished(study, Path(folder))
     faults |= tuning.faults
-    done = [*filter(tuning.has, study.trials(Path(folder))), *metrics]
+    earlier = read_earlier(study, Path(folder))
+    recorded = set(earlier.used(runs))
+    done = [*filter(tuning.has, study.trials(Path(folder))), *metrics, *(run for run in recorded if not run.trial)]
     title = f"{escape(plain(folder))}: {len(done)} of {len(runs)} runs done"
     table = Table(title=title, title_justify="left")
     for column in ("run", "state", "reason"):
         table.add_column(column, overflow="fold")
     for run in runs:
         how, why = state(run), ""
-        if how == "failed":
+        if run in recorded:
+            how, why = "recorded", f"in {earlier.out / EARLIER / VALUES}"
+        elif how == "failed":
             why = failure(run)["error"]
         elif how == "stopped":
             why = f"{shortfall(run.folder)}; the next halos ablate resumes it"
@@ -216,7 +231,9 @@ def report(folder: str) -> None:
     Raises:
         StudyError: if the folder has no study.yaml, or neither runs nor values.
     """
+    from halos_pl.study.results import has_runs
+
     study, path = _study_of(folder), Path(folder)
-    if not (path / VALUES).is_file() and not any(run.folder.is_dir() for run in study.possible_runs(path)):
+    if not (path / VALUES).is_file() and not has_runs(study, path):
         raise StudyError(f"{folder}: nothing to report: no run has started, and there is no {VALUES}")
     _report(study, path)

@@ -8,18 +8,21 @@ from typing import Any
 
 from halos_pl.common.files import write
 from halos_pl.evaluation.files import FILE, measured_how
+from halos_pl.study.adopt import by_content
+from halos_pl.study.earlier import Earlier
 from halos_pl.study.preflight import Checked
 from halos_pl.study.spec import Study, StudyError
-from halos_pl.study.state import OVERRIDES, PLAN, STUDY
+from halos_pl.study.state import BY_CONTENT, OVERRIDES, PLAN, STUDY
 
 
-def claim(study: Study, out: Path, checked: Checked, weak: str | None = None) -> None:
+def claim(study: Study, out: Path, checked: Checked, weak: str | None = None, earlier: Earlier | None = None) -> None:
     """Makes ``out`` the folder of this study.
 
     Args:
         study, out: the study and its folder.
         checked: its pre-flight.
         weak: why its planned power is hopeless, if it runs anyway; the report states it.
+        earlier: recorded runs that it takes over; None if there are none.
 
     Raises:
         StudyError: if it belongs to another one, or contains runs that were trained or measured otherwise.
@@ -34,14 +37,19 @@ def claim(study: Study, out: Path, checked: Checked, weak: str | None = None) ->
         **checked.measuring,
         "tuning": checked.validating,
         "anyway": weak,
+        BY_CONTENT: by_content(study, checked),
     }
+    # A metric chosen later may be the one with the best result.
+    if earlier is not None and any(earlier.figures(run) for run in study.possible_runs(out) if not run.trial):
+        plan |= {"primary": earlier.record.get("primary"), "anyway": weak or earlier.record.get("anyway")}
     file = out / PLAN
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         _check_same(study, out, plan, before)
         plan["digests"] = {**before["digests"], **plan["digests"]}
-        plan["anyway"] = weak or before.get("anyway")
-        # A metric chosen later may be the one with the best result.
+        contents = plan[BY_CONTENT]
+        contents["arms"] = {**before.get(BY_CONTENT, {}).get("arms", {}), **contents["arms"]}
+        plan["anyway"] = plan["anyway"] or before.get("anyway")
         if any(run.measured and not run.trial for run in study.possible_runs(out)):
             plan["primary"] = before.get("primary")
     elif out.is_dir() and any(out.iterdir()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from halos_pl.evaluation.metrics import BY_JUDGE
 from halos_pl.objective.halo import HALO
 from halos_pl.run_dir import CONFIG
 from halos_pl.study.choice import choices
+from halos_pl.study.earlier import Earlier, read_earlier
 from halos_pl.study.finished import finished, summary
 from halos_pl.study.recorded import AMOUNTS, Figures, Key, Recorded
 from halos_pl.study.spec import Run, Study
-from halos_pl.study.state import PLAN, failure, state
-from halos_pl.study.trivial import baselines, by_length, held_out_records, starts_of
+from halos_pl.study.state import BY_CONTENT, PLAN, failure, state
+from halos_pl.study.trivial import STARTS, baselines, by_length, held_out_records, names_of, starts_of
 from halos_pl.study.tuning import tuning_in
 from halos_pl.training.module import HALOModule
 from halos_pl.training.run_log import METRICS
@@ -45,16 +46,63 @@ GRID = 401
 
 
 def gather(study: Study, out: Path) -> tuple[dict[Key, Figures], dict[Run, str]]:
-    """The metrics of the finished runs in a study's folder, and of the baselines that are not arms.
+    """The metrics of the finished runs in a study's folder, of the recorded ones that have no folder, and of the
+    baselines that are not arms.
 
     Returns:
         the metrics, and the reason for each measured run that is skipped.
     """
+    earlier = _used(study, out)
+    recorded = {run: earlier.figures(run) for run in earlier.used(study.runs(out))}
     measured, faults = finished(study, out)
-    values: dict[Key, Figures] = {
-        (run.arm.name, run.seed): {**metrics, **by_length(held_out_records(run))} for run, metrics in measured.items()
-    }
-    return _with_shared(values | baselines(list(measured))), faults
+    moved = _moved(earlier, out)
+    own = {run: _renamed({**metrics, **by_length(held_out_records(run))}, moved) for run, metrics in measured.items()}
+    others = _other_examples(study, own, recorded)
+    own = {run: figures for run, figures in own.items() if run not in others}
+    figures = {**own, **recorded}
+    values: dict[Key, Figures] = {(run.arm.name, run.seed): figures[run] for run in study.runs(out) if run in figures}
+    trivial = {key: _renamed(each, moved) for key, each in baselines(list(own), earlier).items()}
+    return _with_shared(values | trivial), faults | others
+
+
+def _used(study: Study, out: Path) -> Earlier:
+    """The recorded runs; if none is used, without the baselines and the record, which are those of the runs."""
+    earlier = read_earlier(study, out)
+    return earlier if earlier.used([*study.trials(out), *study.runs(out)]) else Earlier(study, out)
+
+
+def _moved(earlier: Earlier, out: Path) -> dict[str, str]:
+    """The paths of files that have another path in the names of recorded examples."""
+    if not earlier.record:
+        return {}
+    then = {digest: path for path, digest in earlier.record[BY_CONTENT]["files"].items()}
+    now: dict[str, str] = _plan(out)[BY_CONTENT]["files"]
+    return {path: then[digest] for path, digest in now.items() if then.get(digest, path) != path}
+
+
+def _renamed(figures: Figures, moved: Mapping[str, str]) -> Figures:
+    """The values with the names that examples of files have in the record."""
+    if not moved:
+        return figures
+    names = {f"{path}:": f"{then}:" for path, then in moved.items()}
+    names |= {f"{Path(path).name}:": f"{Path(then).name}:" for path, then in moved.items()}  # those of prompts
+
+    def name(example: str) -> str:
+        before = next((before for before in names if example.startswith(before)), "")
+        return names.get(before, "") + example.removeprefix(before)
+
+    return {metric: {name(key): value for key, value in values.items()} for metric, values in figures.items()}
+
+
+def _other_examples(study: Study, own: Mapping[Run, Figures], recorded: Mapping[Run, Figures]) -> dict[Run, str]:
+    """Why runs cannot be compared with the recorded ones, which have other examples."""
+    faults = {}
+    for metric in study.metrics if recorded else ():
+        names = next(iter(recorded.values())).get(metric, {}).keys()
+        for run, figures in own.items():
+            if metric not in BY_JUDGE and (differ := names ^ figures.get(metric, {}).keys()):
+                faults[run] = f"{len(differ)} examples of {metric} differ from those of the recorded runs"
+    return faults
 
 
 def _with_shared(values: dict[Key, Figures]) -> dict[Key, Figures]:
@@ -74,18 +122,23 @@ def _with_shared(values: dict[Key, Figures]) -> dict[Key, Figures]:
 def describe(study: Study, out: Path) -> Recorded:
     """All data of a report; executes the code that the runs' configs name."""
     values, faults = gather(study, out)
-    runs = study.runs(out)
+    runs, earlier = study.runs(out), _used(study, out)
+    recorded = earlier.used(runs)
     done = [run for run in runs if (run.arm.name, run.seed) in values]
-    verdicts = {}
+    known = earlier.record.get("verdicts", {})
+    verdicts = {run.arm.name: known[run.arm.name] for run in recorded if run.arm.name in known}
     for arm in study.arms:
-        of_arm = [run for run in done if run.arm is arm]
+        of_arm = [run for run in done if run.arm is arm and run not in recorded]
         module = module_of_run(of_arm[0].folder) if of_arm and (of_arm[0].folder / CONFIG).is_file() else None
         for run in of_arm:
             values[arm.name, run.seed] = {**values[arm.name, run.seed], **_training(run, module)}
         if module is not None:
             verdicts[arm.name] = reports(module.objective)["icml"].verdict
-            if module.objective.halo is not None and (
-                curve := _value_curve(module.objective.halo, [values[arm.name, r.seed] for r in of_arm])
+            drawn = any("value_function" in earlier.figures(run) for run in recorded if run.arm is arm)
+            if (
+                module.objective.halo is not None
+                and (curve := _value_curve(module.objective.halo, [values[arm.name, r.seed] for r in of_arm]))
+                and not drawn
             ):
                 key = arm.name, of_arm[0].seed
                 values[key] = {**values[key], "value_function": curve}
@@ -96,7 +149,7 @@ def describe(study: Study, out: Path) -> Recorded:
     reasons = {each.arm: each.why_not for each in decisions if each.why_not}
     why = faults | {run: reasons[run.arm.name] for run in runs if run.arm.name in reasons}
     record = {
-        **_record(study, out, done, tuned),
+        **_record(study, out, done + tuned, earlier),
         "missing": _missing(trials, tuned, tuning.faults) + _missing(runs, done, why),
         "verdicts": verdicts,
     }
@@ -149,19 +202,36 @@ def _value_curve(halo: HALO, runs: list[Figures]) -> dict[str, float]:
     return {repr(u): y for u, y in zip(grid.tolist(), v.tolist(), strict=True) if math.isfinite(y)}
 
 
-def _record(study: Study, out: Path, done: list[Run], tuned: list[Run]) -> dict[str, Any]:
-    """The contents of a report besides numbers; ``tuned`` are the tuning runs that have ended."""
-    plan = json.loads((out / PLAN).read_text(encoding="utf-8")) if (out / PLAN).is_file() else {}
-    return {
+def _plan(out: Path) -> dict[str, Any]:
+    """The plan of a study; empty if there is none."""
+    plan: dict[str, Any] = json.loads((out / PLAN).read_text(encoding="utf-8")) if (out / PLAN).is_file() else {}
+    return plan
+
+
+def _record(study: Study, out: Path, ended: list[Run], earlier: Earlier) -> dict[str, Any]:
+    """The contents of a report besides numbers; ``ended`` are the runs that are used, tuning runs included."""
+    plan = _plan(out)
+    own = [run for run in ended if not earlier.has(run)]
+    starts = starts_of([run for run in own if not run.trial], earlier)
+    record: dict[str, Any] = {
         "study": plan.get("study", str(study.path)),
         "overrides": plan["overrides"] if plan else None if study.overrides is None else str(study.overrides),
         "out": str(out),
         "primary": plan.get("primary"),
         "anyway": plan.get("anyway"),
-        "starts": starts_of(done),
-        "made": _made(done + tuned),
-        "data": _data(done + tuned),
+        "starts": names_of(starts),
+        STARTS: starts,
+        "made": _made(ended, earlier),
+        "data": _data(ended, earlier),
     }
+    if contents := plan.get(BY_CONTENT):
+        arms = {run.arm.folder for run in ended}
+        # Examples are named after the files that the recorded runs were measured on.
+        then = earlier.record.get(BY_CONTENT, {}).get("files", {})
+        now = {path: digest for path, digest in contents["files"].items() if digest not in then.values()}
+        contents["arms"] = {folder: digest for folder, digest in contents["arms"].items() if folder in arms}
+        record[BY_CONTENT] = {**contents, "files": {**then, **now}}
+    return record
 
 
 def _missing(runs: list[Run], used: list[Run], why: Mapping[Run, str]) -> list[dict[str, str]]:
@@ -177,23 +247,44 @@ def _missing(runs: list[Run], used: list[Run], why: Mapping[Run, str]) -> list[d
     ]
 
 
-def _data(runs: list[Run]) -> list[str]:
-    """Hashes of the data that the runs were trained and measured on."""
-    trained = {pair for run in runs for pair in summary(run).get("digests", {}).items()}
-    measured = {pair for run in runs for pair in measured_how(run.folder).get("files", {}).items()}
-    return [
-        *(f"trained on {path}, sha256 of its tokens and rows {digest}" for path, digest in sorted(trained)),
-        *(f"measured with {path}, sha256 {digest}" for path, digest in sorted(measured)),
-    ]
-
-
-def _made(runs: list[Run]) -> list[dict[str, Any]]:
-    """The code, libraries and machine that made the runs, with the number of runs of each combination."""
-    counts: Counter[str] = Counter()
+def _data(runs: list[Run], earlier: Earlier) -> dict[str, list[str]]:
+    """Hashes of the data that the runs were trained and measured on, each with the names of its runs."""
+    recorded: dict[str, list[str]] = earlier.record.get("data", {})
+    names: dict[str, list[str]] = defaultdict(list)
     for run in runs:
-        by, trained = measured_how(run.folder).get("by") or {}, summary(run).get("by") or {}
-        for key in ("revision", "halos_pl") if by and trained else ():
-            if trained.get(key, by.get(key)) != by.get(key):
-                by[key] = f"{trained[key]}, measured by {by.get(key)}"
-        counts[json.dumps(by, sort_keys=True)] += 1
-    return [{"runs": count, **json.loads(by)} for by, count in counts.most_common()]
+        name = earlier.name(run)
+        if earlier.has(run):
+            lines = [line for line, known in recorded.items() if name in known]
+        else:
+            trained, measured = summary(run).get("digests", {}), measured_how(run.folder).get("files", {})
+            lines = [f"trained on {path}, sha256 of its tokens and rows {digest}" for path, digest in trained.items()]
+            lines += [f"measured with {path}, sha256 {digest}" for path, digest in measured.items()]
+        for line in lines:
+            names[line].append(name)
+    return {line: names[line] for line in sorted(names, key=lambda line: (not line.startswith("trained"), line))}
+
+
+def _made(runs: list[Run], earlier: Earlier) -> list[dict[str, Any]]:
+    """The code, libraries and machine that made the runs, with the number and the names of the runs of each
+    combination."""
+    recorded = {
+        name: {key: value for key, value in entry.items() if key not in ("runs", "names")}
+        for entry in earlier.record.get("made", [])
+        for name in entry["names"]
+    }
+    names: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        name = earlier.name(run)
+        by = recorded.get(name, {}) if earlier.has(run) else _made_by(run)
+        names[json.dumps(by, sort_keys=True)].append(name)
+    by_size = sorted(names.items(), key=lambda each: -len(each[1]))
+    return [{"runs": len(some), "names": some, **json.loads(by)} for by, some in by_size]
+
+
+def _made_by(run: Run) -> dict[str, Any]:
+    """The code, libraries and machine that made a run in the study's folder."""
+    by, trained = measured_how(run.folder).get("by") or {}, summary(run).get("by") or {}
+    for key in ("revision", "halos_pl") if by and trained else ():
+        if trained.get(key, by.get(key)) != by.get(key):
+            by[key] = f"{trained[key]}, measured by {by.get(key)}"
+    return by

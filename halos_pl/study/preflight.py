@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import yaml
+
 import halos_pl
 import value_functions
 from halos_pl.data.example import DataError
@@ -29,6 +31,7 @@ from halos_pl.evaluation.metrics import CODE, metric_of
 from halos_pl.evaluation.win_rates import win_rates_of
 from halos_pl.policy.spec import ModelError
 from halos_pl.study.apart import check_apart
+from halos_pl.study.contents import config_by_content, digest
 from halos_pl.study.held_out import check_held_out
 from halos_pl.study.planned_power import assumed
 from halos_pl.study.spec import Arm, Run, Study, StudyError
@@ -67,10 +70,12 @@ class CheckedArm:
     Attributes:
         steps: number of optimizer steps of a run.
         digest: digest of the resolved config and data, without seed and folder.
+        content: the same, whatever the paths of files.
     """
 
     steps: int
     digest: str
+    content: str
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,10 @@ def check(study: Study, line: CommandLine) -> Checked:
     arms: dict[str, CheckedArm] = {}
     by_digest: dict[str, Arm] = {}
     first: Any = None
+    known: dict[str, str] = {}
     with _logged_once():
         for arm in study.variants:
-            cli, checked = _check_arm(study, arm, line)
+            cli, checked = _check_arm(study, arm, line, known)
             if other := by_digest.get(checked.digest):
                 raise StudyError(
                     f"{study.path}:{arm.line}: arm {arm.title!r} resolves to the same config as arm {other.title!r}"
@@ -182,7 +188,8 @@ def _logged_once() -> Iterator[None]:
             handler.removeFilter(is_new)
 
 
-def _check_arm(study: Study, arm: Arm, line: CommandLine) -> tuple[Any, CheckedArm]:
+def _check_arm(study: Study, arm: Arm, line: CommandLine, known: dict[str, str]) -> tuple[Any, CheckedArm]:
+    """The command of an arm and what is found; ``known`` are digests of files by path."""
     words = arm.words("unused", study.seeds[0])[1:]
     # The digest covers the devices of a cluster's nodes all the same.
     placed = {} if study.cluster is None else {k: v for k, v in arm.options.items() if k in PLACEMENT}
@@ -199,6 +206,7 @@ def _check_arm(study: Study, arm: Arm, line: CommandLine) -> tuple[Any, CheckedA
             data = [store.digest for store in cli.datamodule.stores("train")]
             dumped = cli.parser.dump(config, skip_none=False)
             code = _plugin_digests(dumped)
+            content = config_by_content(yaml.load(dumped, Loader=yaml.CSafeLoader), known)
     except SystemExit as error:
         raise StudyError(f"{place}: {parser_error(printed.getvalue()) or error}") from error
     except line.user_errors as error:
@@ -208,7 +216,8 @@ def _check_arm(study: Study, arm: Arm, line: CommandLine) -> tuple[Any, CheckedA
     if cli.model.objective.needs.scalar:
         raise StudyError(f"{place}: it trains a reward model, which writes no answers to measure; use halos fit")
     resolved = dumped + repr(data) + "".join(map(repr, filter(None, (placed, code))))
-    return cli, CheckedArm(steps, hashlib.sha256(resolved.encode()).hexdigest())
+    whole = hashlib.sha256(resolved.encode()).hexdigest()
+    return cli, CheckedArm(steps, whole, digest([content, data, placed, code]))
 
 
 def _steps(cli: Any) -> int:

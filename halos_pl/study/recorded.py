@@ -24,7 +24,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,54 +143,86 @@ def read_recorded(study: Study, out: Path) -> Recorded:
         column = study.tune.column
         texts = {name: [*map(text_of, values)] for name, values in study.tune.values.items()}
         tried = {(arm.name, seed): texts[arm.name] for arm in study.arms for seed in study.tune.seeds}
-    try:
-        with gzip.open(path, "rb") as packed:
-            content = packed.read()
-        with io.StringIO(content.decode(), newline="") as file:
-            lines = csv.DictReader(file)
-            if lines.fieldnames is None or set(COLUMNS) - set(lines.fieldnames):
-                raise StudyError(f"{path}: the columns are {lines.fieldnames}; expected {', '.join(COLUMNS)}")
-            for line in lines:
-                place = f"{path}:{lines.line_num}"
-                key = (line["arm"], int(line["seed"]) if line["seed"] else None)
-                if key in tried and (line["metric"] != column or line["example"] not in tried[key]):
-                    what = f"{line['metric']} at {line['example']!r}"
-                    raise StudyError(f"{place}: the study does not tune arm {key[0]!r} by {what}")
-                if key[1] is not None and key not in planned | tried.keys():
-                    raise StudyError(f"{place}: the study has no arm {key[0]!r} with seed {key[1]}")
-                values = runs.setdefault(key, {}).setdefault(line["metric"], {})
-                value = float(line["value"])
-                if line["metric"] in study.metrics and not math.isfinite(value):
-                    raise StudyError(f"{place}: value {line['value']!r} is not finite")
-                if line["example"] in values:
-                    raise StudyError(f"{place}: a second value of {line['metric']} for {line['example']!r}")
-                values[line["example"]] = value
-    except (OSError, EOFError, ValueError, TypeError, csv.Error) as error:
-        if isinstance(error, StudyError):
-            raise
-        raise StudyError(f"{path} cannot be read: {error}") from error
+    with readable(path):
+        content = unpacked(path)
+        for place, line in lines_of(path, content):
+            key = (line["arm"], int(line["seed"]) if line["seed"] else None)
+            if key in tried and (line["metric"] != column or line["example"] not in tried[key]):
+                what = f"{line['metric']} at {line['example']!r}"
+                raise StudyError(f"{place}: the study does not tune arm {key[0]!r} by {what}")
+            if key[1] is not None and key not in planned | tried.keys():
+                raise StudyError(f"{place}: the study has no arm {key[0]!r} with seed {key[1]}")
+            add_value(runs.setdefault(key, {}), line, study, place)
     trials = {key: means for key in tried for means in runs.pop(key, {}).values()}
-    _check_examples(runs, study, path)
+    check_examples(runs, study, path)
     ordered: dict[Key, Figures] = {}
     for arm in study.arms:
         ordered |= {(arm.name, seed): runs[arm.name, seed] for seed in study.seeds if (arm.name, seed) in runs}
     ordered |= {key: figures for key, figures in runs.items() if key[1] is None}
-    note = out / RECORD
+    return Recorded(ordered, read_record(out, content), trials)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """In this context, whatever is wrong with ``path`` is a StudyError that names it."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, TypeError, csv.Error) as error:
+        if isinstance(error, StudyError):
+            raise
+        raise StudyError(f"{path} cannot be read: {error}") from error
+
+
+def unpacked(path: Path) -> bytes:
+    """The text in ``values.csv.gz``."""
+    with gzip.open(path, "rb") as packed:
+        return packed.read()
+
+
+def lines_of(path: Path, content: bytes) -> Iterator[tuple[str, dict[str, str]]]:
+    """The lines of ``values.csv.gz`` by column, each with its place for errors."""
+    with io.StringIO(content.decode(), newline="") as file:
+        lines = csv.DictReader(file)
+        if lines.fieldnames is None or set(COLUMNS) - set(lines.fieldnames):
+            raise StudyError(f"{path}: the columns are {lines.fieldnames}; expected {', '.join(COLUMNS)}")
+        for line in lines:
+            yield f"{path}:{lines.line_num}", line
+
+
+def add_value(figures: dict[str, dict[str, float]], line: Mapping[str, str], study: Study, place: str) -> None:
+    """Adds the value in a line to those of its run."""
+    values = figures.setdefault(line["metric"], {})
+    value = float(line["value"])
+    if line["metric"] in study.metrics and not math.isfinite(value):
+        raise StudyError(f"{place}: value {line['value']!r} is not finite")
+    if line["example"] in values:
+        raise StudyError(f"{place}: a second value of {line['metric']} for {line['example']!r}")
+    values[line["example"]] = value
+
+
+def read_record(folder: Path, content: bytes) -> dict[str, Any]:
+    """The record beside ``values.csv.gz``, whose text is ``content``; empty if there is none.
+
+    Raises:
+        StudyError: if it cannot be read, or was written with other values.
+    """
+    note = folder / RECORD
     try:
         record = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
     except ValueError as error:
         raise StudyError(f"{note} cannot be read: {error}") from error
     if not isinstance(record, dict):
         raise StudyError(f"{note} is not the record of a study: it is not a JSON object")
-    if record.pop(DIGEST, digest := hashlib.sha256(content).hexdigest()) != digest:
+    if record.get(DIGEST, digest := hashlib.sha256(content).hexdigest()) != digest:
         raise StudyError(
-            f"{path} is not the file that {note} was written with: its SHA-256 differs. Restore both; or, if the values"
-            f" were changed on purpose, remove {note}, and the report states that their origin is not recorded"
+            f"{folder / VALUES} is not the file that {note} was written with: its SHA-256 differs. Restore both; or, if"
+            f" the values were changed on purpose, remove {note}, and the report states that their origin is not"
+            " recorded"
         )
-    return Recorded(ordered, record, trials)
+    return record
 
 
-def _check_examples(runs: Mapping[Key, Figures], study: Study, path: Path) -> None:
+def check_examples(runs: Mapping[Key, Figures], study: Study, path: Path) -> None:
     """Refuses runs with different examples, which cannot be paired."""
     for metric in study.metrics:
         first: tuple[Key, frozenset[str]] | None = None

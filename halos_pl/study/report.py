@@ -159,9 +159,17 @@ def _by_length(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def _made(by: dict[str, Any]) -> str:
-    """The runs made by one combination of code, libraries and machine."""
-    runs = counted(by["runs"], "run")
+def _listed(names: list[str]) -> str:
+    """Names of runs, seeds of the same arm together: ``kto/seed-0, seed-1; dpo/seed-0``."""
+    arms: dict[str, list[str]] = {}
+    for arm, _, seed in (name.rpartition("/") for name in names):
+        arms.setdefault(arm, []).append(seed)
+    return "; ".join(f"{arm}/{', '.join(seeds)}" for arm, seeds in arms.items())
+
+
+def _made(by: dict[str, Any], *, named: bool) -> str:
+    """The runs made by one combination of code, libraries and machine; with their names if there are several such."""
+    runs = counted(by["runs"], "run") + (f" ({_listed(by.get('names', []))})" if named else "")
     if "revision" not in by:
         return f"{runs} without a recorded revision"
     place, version = by["revision"], by.get("halos_pl")
@@ -220,8 +228,8 @@ def content(results: Results) -> dict[str, Any]:
         "ends": _ends(results),
         "tuning": tables.tuning(results),
         "trained": tables.trained(results),
-        "made": [_made(by) for by in record.get("made", [])],
-        "data": record.get("data", []),
+        "made": [_made(by, named=len(record["made"]) > 1) for by in record.get("made", [])],
+        "data": [*record.get("data", [])],
     }
 
 

@@ -14,6 +14,7 @@ from halos_pl.evaluation.metrics import RATIOS, is_share, metric_of
 from halos_pl.study.choice import choices, tuned
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.decisions import compare
+from halos_pl.study.earlier import EARLIER
 from halos_pl.study.gather import describe, gather
 from halos_pl.study.recorded import Recorded, read_recorded, write_recorded
 from halos_pl.study.run_variance import Runs
@@ -23,6 +24,11 @@ from halos_pl.study.tuning import tuning_in
 
 #: Comparisons by name of the arm.
 Compared = dict[str, Comparison]
+
+
+def has_runs(study: Study, out: Path) -> bool:
+    """Whether a study's folder has runs, or took over recorded ones."""
+    return (out / EARLIER).is_dir() or any(run.folder.is_dir() for run in study.possible_runs(out))
 
 
 class Results:
@@ -39,7 +45,7 @@ class Results:
 
     def __init__(self, study: Study, out: Path, recorded: Recorded | None = None) -> None:
         self.out = out
-        self.has_runs = any(run.folder.is_dir() for run in study.possible_runs(out))
+        self.has_runs = has_runs(study, out)
         #: Why a measured run is skipped.
         self.faults: dict[Run, str] = {}
         if recorded is None and self.has_runs:

@@ -11,6 +11,8 @@ from halos_pl.study.spec import Run, command
 
 #: Files in a study's folder: copies of the study's files, and its plan.
 STUDY, OVERRIDES, PLAN = "study.yaml", "overrides.yaml", "plan.json"
+#: Key of the plan and of ``record.json``: digests of what runs are trained from and measured on, whatever their paths.
+BY_CONTENT = "by_content"
 #: Names of the errors, in the messages of commands, that end a run at a number that is not finite.
 NON_FINITE = ("NonFiniteLossError", "NonFiniteWeightsError", "NonFiniteLogProbError")
 

@@ -56,11 +56,19 @@ def timed_step(runs: list[Run], out: Path, env: Mapping[str, str]) -> tuple[floa
     return None
 
 
-def show_plan(study: Study, checked: Checked, runs: list[Run], times: tuple[float, float] | None, jobs: int) -> None:
+def show_plan(
+    study: Study,
+    checked: Checked,
+    runs: list[Run],
+    unfinished: list[Run],
+    times: tuple[float, float] | None,
+    jobs: int,
+) -> None:
     """Prints the arms, their commands, and how long the study may take.
 
     Args:
         study, checked, runs: the study, its pre-flight and its runs, tuning runs included.
+        unfinished: those of the runs that are left.
         times: seconds of a step and of a start; None if unknown.
         jobs: number of runs at a time.
     """
@@ -77,7 +85,6 @@ def show_plan(study: Study, checked: Checked, runs: list[Run], times: tuple[floa
         steps = str(_steps(study, checked, arm))
         table.add_row(escape(plain(arm.name)), steps, escape(plain(command(first.fit))))
     console.print(table)
-    unfinished = [run for run in runs if not ended(run)]
     summary = f"{counted(len(runs), 'run')}, {len(runs) - len(unfinished)} already done"
     if times is not None:
         step, start = times

@@ -9,10 +9,13 @@ from typing import Any
 from halos_pl.evaluation.files import BEFORE as BEFORE_FILE
 from halos_pl.evaluation.files import ROWS, measured_how
 from halos_pl.evaluation.held_out import of_pairs, of_rows
+from halos_pl.study.earlier import Earlier
 from halos_pl.study.finished import config_of
 from halos_pl.study.recorded import Figures, Key
 from halos_pl.study.spec import BEFORE, SHORTER, Run
 
+#: Key of ``record.json``: the path of the model that each arm started from.
+STARTS = "models"
 #: Accuracy on pairs whose chosen completion has fewer, as many, or more words than the rejected one.
 STRATA = {
     "reward_accuracy/chosen_shorter": -1,
@@ -48,14 +51,20 @@ def by_length(records: list[Record]) -> dict[str, dict[str, float]]:
     return accuracies
 
 
-def baselines(done: list[Run]) -> dict[Key, Figures]:
-    """The metrics of both baselines, on the examples of the finished runs."""
+def baselines(done: list[Run], earlier: Earlier) -> dict[Key, Figures]:
+    """The metrics of both baselines, on the examples of the finished runs.
+
+    Args:
+        done: the runs that are read from their folders.
+        earlier: the recorded runs; empty if none is used. Recorded values win.
+    """
     figures: dict[Key, Figures] = {}
-    starts = {run: start_of(run) for run in done}
-    several = len(set(starts.values())) > 1
+    starts = starts_of(done, earlier)
+    recorded = {earlier.record[STARTS][arm]: name for arm, name in earlier.record.get("starts", {}).items()}
     for start in dict.fromkeys(starts.values()):
-        run = next(run for run in done if starts[run] == start)
-        figures[before_name(start, several), None] = _before(run)
+        run = next((run for run in done if starts[run.arm.name] == start), None)
+        known = earlier.baselines.get(recorded.get(start, ""), {})
+        figures[_name(start, starts), None] = {**(_before(run) if run else {}), **known}
     if done:
         words = [
             {**r, "policy_logp": -r["words"], "reference_logp": 0.0} for r in held_out_records(done[0]) if "words" in r
@@ -64,18 +73,28 @@ def baselines(done: list[Run]) -> dict[Key, Figures]:
         kept = {name: shorter[name] for name in ("reward_accuracy", "reward_auroc", *STRATA) if shorter.get(name)}
         if kept:
             figures[SHORTER, None] = kept
+    if rule := earlier.baselines.get(SHORTER):
+        figures[SHORTER, None] = {**figures.get((SHORTER, None), {}), **rule}
     return figures
 
 
-def before_name(start: str, several: bool) -> str:
+def _name(start: str, starts: Mapping[str, str]) -> str:
     """The baseline that is a model before training; named if the arms start from several models."""
-    return f"{BEFORE} ({start})" if several else BEFORE
+    return f"{BEFORE} ({start})" if len(set(starts.values())) > 1 else BEFORE
 
 
-def starts_of(done: list[Run]) -> dict[str, str]:
-    """The baseline that each arm started from, by arm."""
-    starts = {run.arm.name: start_of(run) for run in done}
-    return {arm: before_name(start, len(set(starts.values())) > 1) for arm, start in starts.items()}
+def names_of(starts: Mapping[str, str]) -> dict[str, str]:
+    """The baseline that each arm started from, by arm; ``starts`` as of :func:`starts_of`."""
+    return {arm: _name(start, starts) for arm, start in starts.items()}
+
+
+def starts_of(done: list[Run], earlier: Earlier) -> dict[str, str]:
+    """The path of the model that each arm started from, by arm; that of the record if the arm has recorded runs."""
+    recorded: dict[str, str] = earlier.record.get(STARTS, {})
+    now = {run.arm.name: start_of(run) for run in done}
+    moved = {now[arm]: recorded[arm] for arm in now.keys() & recorded.keys()}  # the same model at another path
+    arms = [*dict.fromkeys([*(run.arm.name for run in earlier.used(earlier.study.runs(earlier.out))), *now])]
+    return {arm: recorded[arm] if arm in recorded else moved.get(now[arm], now[arm]) for arm in arms}
 
 
 def start_of(run: Run) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 Value = int | float | str | bool
 #: Stands for the value of an arm that is not decided yet.
 UNDECIDED = "undecided"
+#: How the metrics of tuning runs begin in ``values.csv.gz``.
+COLUMN = "tune/"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Tune:
     @property
     def column(self) -> str:
         """The metric of tuning runs in ``values.csv.gz``; its examples are the values of the option, as texts."""
-        return f"tune/{self.metric}"
+        return f"{COLUMN}{self.metric}"
 
 
 def text_of(value: Any) -> str:

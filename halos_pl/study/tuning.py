@@ -1,4 +1,4 @@
-"""The tuning runs of a study, read from their folders."""
+"""The tuning runs of a study, read from their folders and from what an earlier session recorded."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from halos_pl.study.choice import Trials
+from halos_pl.study.earlier import Earlier, read_earlier
 from halos_pl.study.finished import comparable
 from halos_pl.study.spec import Run, Study
 from halos_pl.study.state import diverged
@@ -37,10 +38,16 @@ class Tuning:
         return text_of(run.arm.options[self.option]) in self.means.get((run.arm.name, run.seed), {})
 
 
-def tuning_in(study: Study, out: Path) -> Tuning:
-    """The tuning runs in a study's folder."""
+def tuning_in(study: Study, out: Path, earlier: Earlier | None = None) -> Tuning:
+    """The tuning runs in a study's folder, and the recorded ones that have no folder.
+
+    Args:
+        study, out: the study and its folder.
+        earlier: the recorded runs; None to read them.
+    """
     if (tune := study.tune) is None:
         return Tuning()
+    earlier = earlier or read_earlier(study, out)
     runs = study.trials(out)
     measured, faults = comparable(runs, (tune.metric,))
     means: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
@@ -50,8 +57,11 @@ def tuning_in(study: Study, out: Path) -> Tuning:
             mean = fmean(values) if all(map(math.isfinite, values)) else math.nan
         elif diverged(run):
             mean = math.nan
+        elif earlier.has(run) and (recorded := earlier.mean(run)) is not None:
+            mean = recorded
         else:
             continue
         means[run.arm.name, run.seed][text_of(run.arm.options[tune.option])] = mean
-    examples = max((len(each.get(tune.metric, {})) for each in measured.values()), default=0)
+    known = earlier.record.get("tuning", {}).get("examples", 0) if earlier.used(runs) else 0
+    examples = max((len(each.get(tune.metric, {})) for each in measured.values()), default=known)
     return Tuning(dict(means), faults, examples, tune.option)

@@ -58,7 +58,7 @@ def measured(study: Study, out: Path, number: int, summary: dict[str, Any] | Non
 
 
 def claimed(study: Study, out: Path) -> None:
-    arms = {arm.name: CheckedArm(8, arm.name) for arm in study.arms}
+    arms = {arm.name: CheckedArm(8, arm.name, arm.name) for arm in study.arms}
     claim(study, out, Checked(arms, 2, measuring(evaluate_arguments(study, Parsers()))))
 
 

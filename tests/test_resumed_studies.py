@@ -1,0 +1,301 @@
+"""A study resumes from the values that another machine recorded as if it had trained their runs itself."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from run_halos import write_jsonl
+from tuned_studies import LR, OBJECTIVE, Fakes, faked, maker, pairs
+
+from halos_pl.cli.ablate import Parsers
+from halos_pl.cli.main import main
+from halos_pl.study.preflight import check
+from halos_pl.study.read import load_study
+from halos_pl.study.recorded import RECORD, VALUES
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    return faked(monkeypatch)
+
+
+@pytest.fixture
+def machine(tiny_folder: Path, tmp_path: Path) -> Callable[..., Callable[..., Path]]:
+    """Machines by name: each writes studies whose files are in a folder of its own."""
+
+    def one(name: str) -> Callable[..., Path]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        return maker(tiny_folder, tmp_path / name)
+
+    return one
+
+
+def commit(out: Path, to: Path) -> Path:
+    """Copies what is committed of a study."""
+    to.mkdir(parents=True)
+    for name in (VALUES, RECORD):
+        shutil.copy(out / name, to)
+    return to
+
+
+def trained(fakes: Fakes) -> list[str]:
+    return [each.removeprefix("fit ") for each in fakes.called if each.startswith("fit")]
+
+
+def lines(out: Path) -> list[dict[str, str]]:
+    with gzip.open(out / VALUES, "rt", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def stopped(fakes: Fakes, study: Path, out: Path, after: int) -> None:
+    """Runs a study until so many commands have ended, and writes its report."""
+    fakes.called, fakes.stops_after = [], after
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        main(["ablate", str(study), f"--out={out}"])
+    main(["ablate", "report", str(out)])
+    fakes.called, fakes.stops_after = [], None
+
+
+@pytest.mark.parametrize("stop", [4, 11, 15])
+def test_a_study_that_moves_between_machines_has_the_values_of_one_that_did_not(
+    stop: int, machine: Any, tmp_path: Path, fakes: Fakes, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data have other paths, and one arm's tuning run has diverged."""
+    monkeypatch.setenv("COLUMNS", "200")
+    fakes.fails = {("kto", 1e-4): "NonFiniteLossError: nan"}
+    first, second = machine("first"), machine("second")
+    whole, out, there = tmp_path / "whole", tmp_path / "out", tmp_path / "there"
+    main(["ablate", str(first()), f"--out={whole}"])
+    every = set(trained(fakes))
+    stopped(fakes, first(), out, stop)
+    committed = commit(out, tmp_path / "committed")
+    had = {line["run"] for line in lines(committed) if line["seed"]}
+    assert had
+    fakes.machine = "two"
+    main(["ablate", str(second()), f"--out={there}", f"--resume_from={committed}", "--jobs=2"])
+    assert set(trained(fakes)) == every - had
+    assert (there / VALUES).read_bytes() == (whole / VALUES).read_bytes()
+    made = {by["machine"]: by["names"] for by in json.loads((there / RECORD).read_text())["made"] if "machine" in by}
+    assert set(made["one"]) <= had
+    assert set(made["two"]) == every - had
+    assert made["two"][0] in (there / "report.md").read_text()
+    # From now on without the option.
+    fakes.called = []
+    capsys.readouterr()
+    main(["ablate", "status", str(there)])
+    said = capsys.readouterr().out
+    assert "9 of 9 runs done" in said
+    assert said.count("│ recorded") == len(had)
+    before = {name: (there / name).read_bytes() for name in (VALUES, RECORD, "report.md")}
+    main(["ablate", str(second()), f"--out={there}"])
+    main(["ablate", "report", str(there)])
+    assert {name: (there / name).read_bytes() for name in before} == before
+    # And from there to a third machine, where nothing is left to do.
+    again = commit(there, tmp_path / "again")
+    main(["ablate", str(machine("third")()), f"--out={tmp_path / 'third' / 'out'}", f"--resume_from={again}"])
+    assert not fakes.called
+    for name, of in ((VALUES, "values"), (RECORD, "made"), (RECORD, "data")):
+        one, two = (folder / name for folder in (there, tmp_path / "third" / "out"))
+        assert one.read_bytes() == two.read_bytes() if of == "values" else same(one, two, of)
+
+
+def same(one: Path, two: Path, key: str) -> bool:
+    return bool(json.loads(one.read_text())[key] == json.loads(two.read_text())[key])
+
+
+@pytest.fixture
+def recorded(machine: Any, tmp_path: Path, fakes: Fakes) -> Path:
+    """The committed values of a whole study."""
+    main(["ablate", str(machine("first")()), f"--out={tmp_path / 'first' / 'out'}"])
+    fakes.called = []
+    return commit(tmp_path / "first" / "out", tmp_path / "committed")
+
+
+def arms_of(study: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load(study.read_text())["arms"])
+
+
+def test_what_a_study_adds_is_trained_and_what_it_lost_is_no_obstacle(
+    machine: Any, tmp_path: Path, fakes: Fakes, recorded: Path
+) -> None:
+    make = machine("second")
+    arms = arms_of(make())
+    arms["kto"]["tune"] = [1e-4, 1e-3, 1e-2, 1e-1]  # a wider grid
+    arms["new"] = {"objective": f"{OBJECTIVE}/dpo.yaml", "tune": [0.1, 0.2]}
+    fakes.right["kto"][1e-1] = 0
+    fakes.right["new"] = {0.1: 1, 0.2: 2}
+    study = make(arms=arms, seeds=[0, 1, 2]).rename(tmp_path / "second" / "renamed.yaml")
+    out = tmp_path / "out"
+    main(["ablate", str(study), f"--out={out}", f"--resume_from={recorded}"])
+    new = {f"new/lr={rate}/seed-100" for rate in (0.1, 0.2)} | {f"new/lr=0.2/seed-{seed}" for seed in (0, 1, 2)}
+    assert set(trained(fakes)) == new | {"kto/lr=0.1/seed-100", "kto/lr=0.001/seed-2", "other/lr=0.2/seed-2"}
+    found = lines(out)
+    assert [line for line in lines(recorded) if line not in found] == []
+    fakes.called = []
+    fewer = make(arms={"kto": arms["kto"], "new": arms["new"]}, seeds=[1, 2])
+    main(["ablate", str(fewer), f"--out={tmp_path / 'fewer'}", f"--resume_from={commit(out, tmp_path / 'more')}"])
+    assert not fakes.called
+    assert {line["arm"] for line in lines(tmp_path / "fewer")} == {"kto", "new", "before training"}
+
+
+def test_runs_of_a_value_that_is_no_longer_chosen_are_not_used(
+    machine: Any, tmp_path: Path, fakes: Fakes, recorded: Path, capsys: Any
+) -> None:
+    make = machine("second")
+    arms = arms_of(make())
+    arms["other"]["tune"] = [0.1, 0.2, 0.4]
+    main(["ablate", str(make(arms=arms)), f"--out={tmp_path / 'out'}", f"--resume_from={recorded}"])
+    assert set(trained(fakes)) == {f"other/lr=0.4/seed-{seed}" for seed in (100, 0, 1)}
+    assert "2 recorded runs of other with lr=0.2 are not used, as lr=0.4 is chosen now" in capsys.readouterr().out
+    runs = {line["run"] for line in lines(tmp_path / "out") if line["arm"] == "other" and line["seed"] != "100"}
+    assert runs == {"other/lr=0.4/seed-0", "other/lr=0.4/seed-1"}
+
+
+def test_a_run_with_a_folder_takes_precedence(
+    machine: Any, tmp_path: Path, fakes: Fakes, recorded: Path, capsys: Any
+) -> None:
+    make, out = machine("second"), tmp_path / "out"
+    fakes.right["kto"][1e-4] = 1
+    stopped(fakes, make(), out, 2)  # trains and measures one tuning run, with another result
+    capsys.readouterr()
+    main(["ablate", str(make()), f"--out={out}", f"--resume_from={recorded}"])
+    said = capsys.readouterr().out
+    assert "1 run with a folder" in said
+    assert not fakes.called
+    rates = {line["run"]: line["value"] for line in lines(out) if line["seed"] == "100"}
+    before = {line["run"]: line["value"] for line in lines(recorded) if line["seed"] == "100"}
+    assert rates == {**before, "kto/lr=0.0001/seed-100": "0.2"}
+    main(["ablate", str(make()), f"--out={out}"])
+    assert "with a folder" not in capsys.readouterr().out
+    # Other values do not replace those that only the study's folder has.
+    part = tmp_path / "part"
+    stopped(fakes, machine("third")(), part, 4)
+    with pytest.raises(SystemExit):
+        main(["ablate", str(make()), f"--out={out}", f"--resume_from={part}"])
+    assert f"lacks 7 runs of {out}/earlier" in capsys.readouterr().err
+
+
+def test_runs_without_a_metric_of_the_study_are_trained_again(
+    machine: Any, tmp_path: Path, fakes: Fakes, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    fakes.lacks = {"kl_held_out"}
+    main(["ablate", str(machine("first")(metrics=["reward_accuracy"])), f"--out={out}"])
+    fakes.called, fakes.lacks = [], set()
+    main(["ablate", str(machine("second")()), f"--out={tmp_path / 'new'}", f"--resume_from={out}"])
+    assert set(trained(fakes)) == {f"{arm}/seed-{seed}" for arm in ("kto/lr=0.001", "other/lr=0.2") for seed in (0, 1)}
+    assert "4 recorded runs without kl_held_out are not used" in capsys.readouterr().out
+    assert "The primary metric was changed" not in (tmp_path / "new" / "report.md").read_text()
+    fakes.called = []
+    study = machine("second")(primary="kl_held_out")
+    committed = commit(tmp_path / "new", tmp_path / "committed")
+    main(["ablate", str(study), f"--out={tmp_path / 'third'}", f"--resume_from={committed}"])
+    assert not fakes.called
+    assert "The primary metric was changed from reward_accuracy" in (tmp_path / "third" / "report.md").read_text()
+
+
+def _change(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def _other_value(folder: Path) -> None:
+    text = gzip.decompress((folder / VALUES).read_bytes()).replace(b",0.25\n", b",0.26\n", 1)
+    (folder / VALUES).write_bytes(gzip.compress(text))
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Path], Path], tuple[str, ...]]] = {
+    "no values": (lambda f: (f / VALUES).unlink(), lambda make, _: make(), (f"has no {VALUES}",)),
+    "no record": (lambda f: (f / RECORD).unlink(), lambda make, _: make(), (f"has no {RECORD}",)),
+    "another value": (_other_value, lambda make, _: make(), ("SHA-256 differs",)),
+    "an older record": (
+        lambda f: _change(f / RECORD, lambda record: record.pop("by_content")),
+        lambda make, _: make(),
+        (RECORD, "older version"),
+    ),
+    "a record without the digest": (
+        lambda f: _change(f / RECORD, lambda record: record.pop("values_sha256")),
+        lambda make, _: make(),
+        (RECORD, "older version"),
+    ),
+    "another study": (
+        lambda f: None,
+        lambda make, _: make(arms={"a": {"objective": f"{OBJECTIVE}/kto.yaml"}}),
+        ("another study", "first/study.yaml"),
+    ),
+    "another config": (
+        lambda f: None,
+        lambda make, _: make(arms={"kto": {"objective": f"{OBJECTIVE}/kto.yaml", "trainer.max_steps": 3}}),
+        ("arm 'kto lr=0.0001'", "study.yaml:"),
+    ),
+    "other data": (
+        lambda f: None,
+        lambda make, here: (make(), write_jsonl(here / "train.jsonl", pairs("x", 8)))[0],
+        ("arm 'kto lr=0.0001'", "other data"),
+    ),
+    "other held-out data": (
+        lambda f: None,
+        lambda make, here: (make(), write_jsonl(here / "held_out.jsonl", pairs("x", 6)))[0],
+        ("kto/lr=0.001/seed-0", "held_out"),
+    ),
+    "other validation data": (
+        lambda f: None,
+        lambda make, here: (make(), write_jsonl(here / "validation.jsonl", pairs("x", 5)))[0],
+        ("kto/lr=0.0001/seed-100", "tune", "held_out"),
+    ),
+    "another setting of the evaluation": (
+        lambda f: None,
+        lambda make, here: make(evaluate={"held_out": [str(here / "held_out.jsonl")], "max_length": 65}),
+        ("kto/lr=0.001/seed-0", "max_length"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_values_of_other_runs_are_refused_before_any_work(
+    name: str, machine: Any, tmp_path: Path, fakes: Fakes, recorded: Path, capsys: Any
+) -> None:
+    damage, study, said = REFUSED[name]
+    damage(recorded)
+    path, out = study(machine("second"), tmp_path / "second"), tmp_path / "out"
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["ablate", str(path), f"--out={out}", f"--resume_from={recorded}"])
+    error = capsys.readouterr().err.strip()
+    for text in said:
+        assert text in error
+    assert "\n" not in error
+    assert not fakes.called
+    assert not out.exists()
+
+
+def test_what_an_arm_is_trained_from_is_known_by_content_wherever_it_is(tiny_folder: Path, tmp_path: Path) -> None:
+    """Data and model at another path are the same; another row, weight or setting is not."""
+    alone = {"arms": {"kto": {"objective": f"{OBJECTIVE}/kto.yaml", LR: 1.0}}, "tune": None, "seeds": [0]}
+
+    def content(name: str, **more: Any) -> str:
+        path = maker(tmp_path / name / "model", tmp_path / name)(**alone | more)
+        if name == "row":
+            rows = (tmp_path / name / "train.jsonl").read_text()
+            (tmp_path / name / "train.jsonl").write_text(rows.replace("answer 3", "answer 4"))
+        return check(load_study(path), Parsers()).arms["kto"].content
+
+    for name in ("one", "moved", "row", "weight", "setting"):
+        shutil.copytree(tiny_folder, tmp_path / name / "model")
+    (tmp_path / "weight" / "model" / "note.txt").write_text("another file\n")
+    one = content("one")
+    assert content("moved") == one
+    assert len({one, content("row"), content("weight")}) == 3
+    arms = {"kto": {"objective": f"{OBJECTIVE}/kto.yaml", LR: 1.0, "trainer.gradient_clip_val": 3.0}}
+    assert content("setting", arms=arms) != one
