@@ -130,11 +130,11 @@ def test_what_a_study_adds_is_trained_and_what_it_lost_is_no_obstacle(
 ) -> None:
     make = machine("second")
     arms = arms_of(make())
-    arms["kto"]["tune"] = [1e-4, 1e-3, 1e-2, 1e-1]  # a wider grid
+    wider = {"values": [1e-4, 1e-3, 1e-2, 1e-1]}
     arms["new"] = {"objective": f"{OBJECTIVE}/dpo.yaml", "tune": [0.1, 0.2]}
     fakes.right["kto"][1e-1] = 0
     fakes.right["new"] = {0.1: 1, 0.2: 2}
-    study = make(arms=arms, seeds=[0, 1, 2]).rename(tmp_path / "second" / "renamed.yaml")
+    study = make(arms=arms, tune=wider, seeds=[0, 1, 2]).rename(tmp_path / "second" / "renamed.yaml")
     out = tmp_path / "out"
     main(["ablate", str(study), f"--out={out}", f"--resume_from={recorded}"])
     new = {f"new/lr={rate}/seed-100" for rate in (0.1, 0.2)} | {f"new/lr=0.2/seed-{seed}" for seed in (0, 1, 2)}
@@ -142,7 +142,7 @@ def test_what_a_study_adds_is_trained_and_what_it_lost_is_no_obstacle(
     found = lines(out)
     assert [line for line in lines(recorded) if line not in found] == []
     fakes.called = []
-    fewer = make(arms={"kto": arms["kto"], "new": arms["new"]}, seeds=[1, 2])
+    fewer = make(arms={"kto": arms["kto"], "new": arms["new"]}, tune=wider, seeds=[1, 2])
     main(["ablate", str(fewer), f"--out={tmp_path / 'fewer'}", f"--resume_from={commit(out, tmp_path / 'more')}"])
     assert not fakes.called
     assert {line["arm"] for line in lines(tmp_path / "fewer")} == {"kto", "new", "before training"}
@@ -252,7 +252,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Path], Path], tup
     "other validation data": (
         lambda f: None,
         lambda make, here: (make(), write_jsonl(here / "validation.jsonl", pairs("x", 5)))[0],
-        ("kto/lr=0.0001/seed-100", "tune", "held_out"),
+        ("kto/lr=0.0001/seed-100", "held_out"),
     ),
     "another setting of the evaluation": (
         lambda f: None,

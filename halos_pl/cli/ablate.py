@@ -115,7 +115,7 @@ def ablate(
             # A cluster's nodes differ from the machine that submits to them.
             times = None if spec.cluster is not None else timed_step(left, folder, environment(jobs))
             show_plan(spec, checked, runs, left, times, jobs)
-        for line in [*said, *unused(_decided(spec, folder, earlier), earlier)]:
+        for line in said:
             print(plain(f"halos: {line}"))
         missing = [run for run in trials if not earlier.has(run)]
         failed = execute(spec, folder, jobs, keep_checkpoints, runs=missing)
@@ -124,6 +124,8 @@ def ablate(
             print(
                 plain(f"halos: {arm.name}: {'no value is chosen' if not arm.decided else arm.candidate + ' is chosen'}")
             )
+        for line in unused(spec, earlier):
+            print(plain(f"halos: {line}"))
         decided = [run for run in spec.runs(folder) if run.arm.decided and not earlier.has(run)]
         failed |= execute(spec, folder, jobs, keep_checkpoints, runs=decided)
     except (KeyboardInterrupt, Stopped):
