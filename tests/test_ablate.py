@@ -952,7 +952,7 @@ def test_the_figures_are_those_of_their_definitions(make: Any, tmp_path: Path) -
     found = json.loads((run.folder / "evaluation.json").read_text())
     assert {metric: len(values) for metric, values in found.items()} == {
         **dict.fromkeys(("reward_accuracy", "reward_margin", "brier", "reward_auroc", "kl_held_out"), 1),
-        **dict.fromkeys(("nll_desirable", "nll_undesirable"), 1),
+        **dict.fromkeys(("policy_accuracy", "nll_desirable", "nll_undesirable"), 1),
         **dict.fromkeys(("kl", "length", "finished"), 2),
     }
 
@@ -977,6 +977,29 @@ def test_rows_of_one_prompt_are_one_example() -> None:
 
 
 _rewards = st.lists(st.integers(-3, 3).map(float), min_size=2, max_size=8)
+
+
+@given(policy=_rewards, reference=_rewards)
+def test_the_policys_own_accuracy_is_that_of_its_rewards_from_a_uniform_reference(
+    policy: list[float], reference: list[float]
+) -> None:
+    """It needs no reference, and does not depend on one; without rewards, it is the reference's own."""
+    size = min(len(policy), len(reference)) // 2 * 2
+
+    def accuracy(logps: list[float], other: list[float] | None, name: str) -> dict[str, float]:
+        records = [
+            {"row": str(i), "pair": str(i // 2), "prompt": str(i // 2), "desirable": i % 2 == 0, "policy_logp": logp}
+            | ({} if other is None else {"reference_logp": other[i], "kl": 0.0})
+            for i, logp in enumerate(logps[:size])
+        ]
+        return of_pairs(records, 0.1)[name]
+
+    found = accuracy(policy, None, "policy_accuracy")
+    assert found == accuracy(policy, reference, "policy_accuracy")
+    assert found == accuracy(policy, [-5.0] * size, "reward_accuracy")
+    shifted = [r + 2.0 for r in reference]  # all completions have the same reward
+    assert accuracy(shifted, reference, "policy_accuracy") == accuracy(reference, None, "policy_accuracy")
+    assert set(accuracy(shifted, reference, "reward_accuracy").values()) == {0.5}
 
 
 @given(good=_rewards, bad=_rewards)

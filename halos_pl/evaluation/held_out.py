@@ -152,21 +152,34 @@ def figures_of(records: list[dict[str, Any]], beta: float) -> dict[str, dict[str
 
 
 def of_pairs(records: list[dict[str, Any]], beta: float) -> dict[str, dict[str, float]]:
-    """Metrics of pairs by example; empty without pairs or a reference."""
-    rewards: dict[str, dict[bool, float]] = defaultdict(dict)
-    for record in records:
-        if record["pair"] is not None and "reference_logp" in record:
-            rewards[record["pair"]][record["desirable"]] = record["policy_logp"] - record["reference_logp"]
-    margins = {pair: both[True] - both[False] for pair, both in rewards.items() if len(both) == 2}
-    metrics = {
-        "reward_accuracy": {pair: float(m > 0) + 0.5 * (m == 0) for pair, m in margins.items()},
-        "reward_margin": margins,
-        "brier": {pair: (1 - 1 / (1 + float(np.exp(-beta * m)))) ** 2 for pair, m in margins.items()},
-    }
-    if not margins:
+    """Metrics of pairs by example; without a reference, those that need none; empty without pairs."""
+    differences = {name: _differences(records, name) for name in ("policy_logp", "reference_logp")}
+    if not differences["policy_logp"]:
         return {}
+    metrics = {"policy_accuracy": _wins(differences["policy_logp"])}
+    if differences["reference_logp"]:
+        margins = {pair: m - differences["reference_logp"][pair] for pair, m in differences["policy_logp"].items()}
+        metrics |= {
+            "reward_accuracy": _wins(margins),
+            "reward_margin": margins,
+            "brier": {pair: (1 - 1 / (1 + float(np.exp(-beta * m)))) ** 2 for pair, m in margins.items()},
+        }
     example = {r["pair"]: name for r, name in zip(records, _examples(records).values(), strict=True)}
     return {metric: by_example(values, example) for metric, values in metrics.items()}
+
+
+def _differences(records: list[dict[str, Any]], name: str) -> dict[str, float]:
+    """For each pair, a figure of the chosen minus that of the rejected completion; empty if the rows lack it."""
+    sides: dict[str, dict[bool, float]] = defaultdict(dict)
+    for record in records:
+        if record["pair"] is not None and name in record:
+            sides[record["pair"]][record["desirable"]] = record[name]
+    return {pair: both[True] - both[False] for pair, both in sides.items() if len(both) == 2}
+
+
+def _wins(margins: Mapping[str, float]) -> dict[str, float]:
+    """1 for a margin above 0, 0.5 for a tie."""
+    return {pair: float(m > 0) + 0.5 * (m == 0) for pair, m in margins.items()}
 
 
 def of_rows(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -29,6 +29,9 @@ class Metric(NamedTuple):
 METRICS = {
     "reward_accuracy": Metric("pairs", "share of pairs whose chosen completion has the higher reward", True),
     "reward_margin": Metric("pairs", "reward of the chosen minus that of the rejected completion, nats", True),
+    "policy_accuracy": Metric(
+        "pairs", "share of pairs whose chosen completion has the higher log-prob under the policy itself", True
+    ),
     "brier": Metric(
         "pairs", "squared error of sigmoid(beta * margin) as the probability that the chosen one wins", False
     ),

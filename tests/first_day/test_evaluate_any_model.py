@@ -35,7 +35,7 @@ def fails(answer, row):
     raise KeyError("nope")
 """
 SETTINGS = ["--max_new_tokens=6", "--temperature=1", "--seed=3", "--batch_size=4"]
-NLL = {"nll_desirable", "nll_undesirable"}
+ALONE = {"policy_accuracy", "nll_desirable", "nll_undesirable"}
 REWARDS = {"reward_accuracy", "reward_margin", "brier", "reward_auroc", "kl_held_out"}
 
 
@@ -77,7 +77,7 @@ def words_of(home: Path) -> list[str]:
 def test_every_kind_of_model_gives_the_figures_of_the_run(home: Path, tiny_folder: Path) -> None:
     evaluate(home, home / "run", *words_of(home))
     run = read(home / "run")
-    assert set(run) == NLL | REWARDS | {"kl", "length", "finished", "rule", "judge"}
+    assert set(run) == ALONE | REWARDS | {"kl", "length", "finished", "rule", "judge"}
     for name in ("merged", "adapter"):
         out = home / f"of {name}"
         evaluate(home, home / name, *words_of(home), f"--reference={tiny_folder}", f"--out={out}")
@@ -174,7 +174,7 @@ def test_nothing_of_an_earlier_evaluation_stays(home: Path, tiny_folder: Path, t
 
 def test_without_a_reference_what_compares_is_skipped_by_name(home: Path, capsys: Any) -> None:
     evaluate(home, home / "merged", f'--held_out=["{home}/pairs.jsonl"]', f"--out={home}/alone")
-    assert set(read(home / "alone")) == NLL | {"length", "finished"}
+    assert set(read(home / "alone")) == ALONE | {"length", "finished"}
     said = next(line for line in capsys.readouterr().out.splitlines() if "skipped" in line)
     assert all(name in said for name in (*REWARDS, "kl"))
     assert "--reference" in said

@@ -332,7 +332,7 @@ HELD_OUT: dict[str, tuple[list[dict[str, Any]], set[str]]] = {
     "one row": ([{"prompt": "p", "completion": "c", "label": True}], set(ROWS)),
     "one pair": (
         [{"prompt": "p", "chosen": "c", "rejected": "d"}],
-        {*ROWS, "nll_undesirable", "reward_auroc", "reward_accuracy", "reward_margin", "brier"},
+        {*ROWS, "nll_undesirable", "reward_auroc", "reward_accuracy", "reward_margin", "policy_accuracy", "brier"},
     ),
 }
 
