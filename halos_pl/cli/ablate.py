@@ -19,10 +19,10 @@ from halos_pl.run_dir import SUMMARY, shortfall, untold
 from halos_pl.study.choice import choices, tuned
 from halos_pl.study.earlier import EARLIER, Earlier, read_earlier
 from halos_pl.study.finished import finished
-from halos_pl.study.read import load_study
+from halos_pl.study.read import load_study, study_in
 from halos_pl.study.recorded import VALUES, read_recorded
 from halos_pl.study.spec import Run, Study, StudyError, default_folder
-from halos_pl.study.state import OVERRIDES, STUDY, ended, failure, state
+from halos_pl.study.state import ended, failure, state
 from halos_pl.study.tuning import tuning_in
 
 
@@ -109,6 +109,8 @@ def ablate(
         raise StudyError(f"{spec.places['effect']}: {weak}; run it as it is with --anyway")
     claim(spec, folder, checked, weak, earlier)
     said = adopt(earlier, resume_from) if resume_from is not None else []
+    if checked.uncontrolled:
+        print(plain(f"halos: no positive control yet, so the report will claim nothing: {checked.uncontrolled}"))
     try:
         if going_on:
             print(plain("\n".join([*power_lines(spec, checked.examples), *([f"halos: {weak}"] if weak else [])])))
@@ -173,21 +175,13 @@ def _warn_untold(done: list[Run]) -> None:
         )
 
 
-def _study_of(folder: str) -> Study:
-    path = Path(folder)
-    if not (path / STUDY).is_file():
-        raise StudyError(f"{folder} is not a study's folder: it has no {STUDY}")
-    overrides = path / OVERRIDES
-    return load_study(path / STUDY, overrides if overrides.is_file() else None)
-
-
 def status(folder: str) -> None:
     """Show the progress of a study.
 
     Args:
         folder: folder of the study.
     """
-    study = _study_of(folder)
+    study = study_in(Path(folder))
     tuning = tuning_in(study, Path(folder))
     reasons = {choice.arm: choice.why_not for choice in choices(study, tuning.means)}
     study = tuned(study, tuning.means)
@@ -235,7 +229,7 @@ def report(folder: str) -> None:
     """
     from halos_pl.study.results import has_runs
 
-    study, path = _study_of(folder), Path(folder)
+    study, path = study_in(Path(folder)), Path(folder)
     if not (path / VALUES).is_file() and not has_runs(study, path):
         raise StudyError(f"{folder}: nothing to report: no run has started, and there is no {VALUES}")
     _report(study, path)

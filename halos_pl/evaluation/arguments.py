@@ -47,6 +47,8 @@ USERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "seed": (0, ("prompts", "win_rate", "limit")),
     "judging": (JudgeSettings(), ("win_rate",)),
 }
+#: The digest of data that are no file, such as those of the hub.
+NO_FILE = "not a file here"
 #: The argument that benchmarks have instead.
 INSTEAD = {"max_new_tokens": "max_gen_toks"}
 
@@ -99,7 +101,7 @@ def _digest(files: list[Path]) -> str:
     if len(files) > 1:
         named = [[str(file), digest] for file, digest in zip(files, digests, strict=True)]
         digests = [hashlib.sha256(json.dumps(named).encode()).hexdigest()]
-    return digests[0][:32] if digests else "not a file here"
+    return digests[0][:32] if digests else NO_FILE
 
 
 def _name(name: str, given: Mapping[str, Any], default: Any) -> str:

@@ -12,11 +12,16 @@ from halos_pl.study.results import Results
 
 
 def first_line(results: Results) -> str:
-    """One sentence on the primary metric; first of all, whether any arm is better than the model before training."""
+    """One sentence on the primary metric; first of all, whether there is a positive control, and whether any arm is better
+    than the model before training.
+    """
     metric = results.primary
     _, what, more = metric_of(metric)
     measured = [arm for arm in results.ranked if (metric, arm.name) in results.estimates]
     done, runs, arms = len(results.done), len(results.runs), len(results.study.arms)
+    so_far = f"So far ({done} of {runs} runs, {len(measured)} of {arms} arms): " if done < runs else ""
+    if done and results.control is not None and not results.control.holds:
+        return f"{so_far}No positive control: {results.control.why}; so this study claims nothing."
     if done and not measured:
         return f"Nothing to compare: none of {counted(done, 'finished run')} has {metric}, the primary metric."
     if results.baseline not in measured or (len(measured) == 1 < arms):
@@ -27,7 +32,6 @@ def first_line(results: Results) -> str:
     best = measured[0]
     means = {arm.name: results.estimates[metric, arm.name] for arm in measured}
     mean = of_estimate(means[best.name])
-    so_far = f"So far ({done} of {runs} runs, {len(measured)} of {arms} arms): " if done < runs else ""
     learned = results.learned(metric)
     if results.nothing_learned:
         c = learned.get(best.name) or next(iter(learned.values()))

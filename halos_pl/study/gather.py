@@ -19,6 +19,7 @@ from halos_pl.evaluation.metrics import BY_JUDGE
 from halos_pl.objective.halo import HALO
 from halos_pl.run_dir import CONFIG
 from halos_pl.study.choice import choices
+from halos_pl.study.control import measured_on
 from halos_pl.study.earlier import Earlier, read_earlier
 from halos_pl.study.finished import finished, summary
 from halos_pl.study.recorded import AMOUNTS, Figures, Key, Recorded
@@ -213,6 +214,9 @@ def _record(study: Study, out: Path, ended: list[Run], earlier: Earlier) -> dict
     plan = _plan(out)
     own = [run for run in ended if not earlier.has(run)]
     starts = starts_of([run for run in own if not run.trial], earlier)
+    # All runs are measured on the same data.
+    how = next((measured_how(run.folder) for run in own if not run.trial), None)
+    measured = earlier.record.get("measured", {}) if how is None else measured_on(how)
     record: dict[str, Any] = {
         "study": plan.get("study", str(study.path)),
         "overrides": plan["overrides"] if plan else None if study.overrides is None else str(study.overrides),
@@ -221,6 +225,7 @@ def _record(study: Study, out: Path, ended: list[Run], earlier: Earlier) -> dict
         "anyway": plan.get("anyway"),
         "starts": names_of(starts),
         STARTS: starts,
+        "measured": measured,
         "made": _made(ended, earlier),
         "data": _data(ended, earlier),
     }

@@ -29,7 +29,9 @@ def headline(results: Results) -> list[str]:
         for why, some in groups.items():
             each = [f"{c.arm} {of_comparison(c)}, p = {c.adjusted:.2g}" if c.significant else c.arm for c in some]
             lines.append(f"{why[0].upper()}{why[1:]}: {'; '.join(each)}{_besides(some)}.")
-    if study.equivalence is not None and any(c.margin is None for c in against.values()):
+    if results.control is not None and results.control.holds:
+        lines.append(f"Positive control: {results.control.why}.")
+    if study.equivalence is not None and results.claims and any(c.margin is None for c in against.values()):
         lines.append(
             f"Equivalence was not tested: its margin is a factor of {study.equivalence:g}, but there are no ratios, as"
             f" the mean {metric} of a run is not above 0."

@@ -32,8 +32,10 @@ from halos_pl.evaluation.win_rates import win_rates_of
 from halos_pl.policy.spec import ModelError
 from halos_pl.study.apart import check_apart
 from halos_pl.study.contents import config_by_content, digest
+from halos_pl.study.control import measured_on
 from halos_pl.study.held_out import check_held_out
 from halos_pl.study.planned_power import assumed
+from halos_pl.study.results import control_of
 from halos_pl.study.spec import Arm, Run, Study, StudyError
 from halos_pl.tasks.options import benchmarks_of
 from halos_pl.training.ending import epoch_steps, fit_steps
@@ -87,12 +89,14 @@ class Checked:
         examples: number of prompts that the primary metric is measured on.
         measuring: a record of the evaluation, see :func:`halos_pl.evaluation.arguments.measuring`.
         validating: the same for the tuning runs; None if nothing is tuned.
+        uncontrolled: why the positive control does not hold (yet); None if it does, or the study names none.
     """
 
     arms: Mapping[str, CheckedArm]
     examples: int
     measuring: Mapping[str, Any]
     validating: Mapping[str, Any] | None = None
+    uncontrolled: str | None = None
 
     @property
     def digests(self) -> dict[str, str]:
@@ -105,7 +109,8 @@ def check(study: Study, line: CommandLine) -> Checked:
 
     Raises:
         StudyError: for the first arm that is not valid, two arms with the same config, and anything that cannot be
-            measured; and for a validation split that is not apart from the training data and the report's.
+            measured; for a validation split that is not apart from the training data and the report's; and for a
+            control that cannot be the study's.
     """
     try:
         assumed(study)
@@ -138,10 +143,14 @@ def check(study: Study, line: CommandLine) -> Checked:
         if validating is not None:
             check_held_out(study.validation, validating, first.model.tokenizer, first.datamodule)
             check_apart(study.places["tune"], validating, arguments, trained_on)
+    how = measuring(arguments)
+    lacking = None
+    if (control := control_of(study, measured_on(how))) is not None and not control.holds:
+        lacking = control.why
     questions = _check_benchmarks(study, arguments, first)
     unit = metric_of(study.primary).unit
     examples = {"prompts": prompts, "questions": questions}.get(unit, held_out)
-    return Checked(arms, examples, measuring(arguments), None if validating is None else measuring(validating))
+    return Checked(arms, examples, how, None if validating is None else measuring(validating), lacking)
 
 
 def _check_benchmarks(study: Study, arguments: Mapping[str, Any], first: Any) -> int:

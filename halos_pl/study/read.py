@@ -14,14 +14,17 @@ from halos_pl.common.yaml_files import Lines, YAMLFileError
 from halos_pl.evaluation.evaluate import ARGUMENTS
 from halos_pl.evaluation.metrics import BY_JUDGE, CODE, METRICS, RATIOS, is_share
 from halos_pl.study.grid import OBJECTIVE, TUNE, GridPoint, Place, grid
+from halos_pl.study.read_control import KEYS as CONTROL
+from halos_pl.study.read_control import read_control
 from halos_pl.study.read_tune import read_tune, seeds_of
-from halos_pl.study.spec import BEFORE, SHORTER, Arm, Study, StudyError
+from halos_pl.study.spec import BEFORE, SHORTER, Arm, Control, Study, StudyError
+from halos_pl.study.state import OVERRIDES, STUDY
 from halos_pl.study.tune import UNDECIDED, Tune
 from halos_pl.tasks.options import task_names
 
 KEYS = (
     *("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "primary", "equivalence"),
-    *("power", "baseline", "cluster", "tune", "note"),
+    *("power", "baseline", "cluster", "tune", "control", "note"),
 )
 #: Keys that a second file may replace: those of a study's scale, not of its question.
 REPLACEABLE = tuple(key for key in KEYS if key not in ("arms", "axes", "sample", "baseline"))
@@ -49,6 +52,18 @@ def load_study(path: str | Path, overrides: str | Path | None = None) -> Study:
         StudyError: names the line at fault.
     """
     return _Reader(_study_file(path), None if overrides is None else _study_file(overrides)).study()
+
+
+def study_in(folder: Path) -> Study:
+    """The study that a folder of results belongs to.
+
+    Raises:
+        StudyError: if it is no such folder, or its study cannot be read.
+    """
+    if not (folder / STUDY).is_file():
+        raise StudyError(f"{folder} is not a study's folder: it has no {STUDY}")
+    overrides = folder / OVERRIDES
+    return load_study(folder / STUDY, overrides if overrides.is_file() else None)
 
 
 def _study_file(path: str | Path) -> Path:
@@ -151,10 +166,12 @@ class _Reader:
             baseline=baseline,
             cluster=self.get("cluster", dict, None),
             tune=tune,
+            control=self._control(),
             note=self.get("note", str, ""),
             overrides=self.overrides,
             places={key: self.where(key) for key in ("evaluate", "metrics", "cluster", "power", "tune")}
             | {key: self.where("evaluate", key) for key in (*CODE, "prompts", "held_out", "win_rate")}
+            | {f"control.{key}": self.where("control", key) for key in CONTROL}
             | {"effect": self.where(*(("power", "effect") if "effect" in power else ("equivalence",)))},
         )
 
@@ -235,6 +252,10 @@ class _Reader:
             if len({arm.at(tune.option, value).folder for value in values}) < len(values):
                 raise self.fault(f"two values to try of arm {arm.name!r} would share a folder; change one", "tune")
         return tune
+
+    def _control(self) -> Control | None:
+        given = self.get("control", dict, None)
+        return None if given is None else read_control(given, self.fault)
 
     def _metrics(self, evaluate: Mapping[str, Any]) -> tuple[str, ...]:
         metrics = self.get("metrics", list, [])

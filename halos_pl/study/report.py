@@ -45,6 +45,11 @@ SEVERAL = (
     "On the primary metric, p is corrected for all comparisons with the baseline ({method}): at most 5% of studies "
     "without any difference claim one."
 )
+UNCONTROLLED = (
+    "An example is everything measured on one prompt. Differences are paired by example and by seed. As the study has no "
+    "positive control, nothing is tested: all differences have uncorrected 95% intervals and no decision. Positive "
+    "metrics such as KL are compared by ratios, on the log scale, unless the mean of a run is not above 0."
+)
 ALONE = "On the primary metric, the arm is tested against the model before training."
 TEMPLATES = Environment(loader=PackageLoader("halos_pl.study", "."), autoescape=lambda name: ".html" in (name or ""))
 
@@ -204,7 +209,8 @@ def content(results: Results) -> dict[str, Any]:
         "headline": first_line(results),
         "details": headline(results),
         "tables": metrics,
-        "methods": METHODS.format(family=family),
+        "methods": METHODS.format(family=family) if results.claims else UNCONTROLLED,
+        "claims": results.claims,
         "versus": results.baseline.name if len(results.study.arms) > 1 else BEFORE,
         "several": len(results.study.arms) > 1,
         "baseline": results.baseline.name,

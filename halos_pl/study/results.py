@@ -13,10 +13,12 @@ import numpy as np
 from halos_pl.evaluation.metrics import RATIOS, is_share, metric_of
 from halos_pl.study.choice import choices, tuned
 from halos_pl.study.comparison import Comparison
+from halos_pl.study.control import Measured, Reached, Standing, check_control, standing
 from halos_pl.study.decisions import compare
 from halos_pl.study.earlier import EARLIER
 from halos_pl.study.gather import describe, gather
-from halos_pl.study.recorded import Recorded, read_recorded, write_recorded
+from halos_pl.study.read import study_in
+from halos_pl.study.recorded import VALUES, Recorded, read_recorded, write_recorded
 from halos_pl.study.run_variance import Runs
 from halos_pl.study.spec import BEFORE, Arm, Run, Study
 from halos_pl.study.statistics import Estimate, Values, estimate
@@ -160,13 +162,14 @@ class Results:
             if self.study.baseline in runs:
                 # Arms that are not finished count too, or early claims would be corrected for fewer comparisons.
                 others = len(self.study.arms) - 1
-                comparisons[metric] = self._compared(metric, runs, self.study.baseline, others, metric == self.primary)
+                primary = metric == self.primary and self.claims
+                comparisons[metric] = self._compared(metric, runs, self.study.baseline, others, primary)
         return comparisons
 
     def comparisons(self, metric: str) -> Compared:
         """Each other arm against the baseline arm, by name, in the order of :attr:`ranked`.
 
-        Only those on the primary metric have decisions.
+        Only those on the primary metric have decisions, if the study :attr:`claims` anything.
         """
         return self._comparisons.get(metric, {})
 
@@ -175,7 +178,22 @@ class Results:
         name = BEFORE if BEFORE in self.baselines else self.record.get("starts", {}).get(arm.name)
         return name if name in self.baselines else None
 
-    def _against_untrained(self, metric: str, *, primary: bool) -> Compared:
+    @cached_property
+    def control(self) -> Standing | None:
+        """Whether the positive control holds; None if the study names none.
+
+        Raises:
+            StudyError: if it names one that cannot be its control.
+        """
+        return control_of(self.study, self.record.get("measured"))
+
+    @property
+    def claims(self) -> bool:
+        """Whether comparisons have decisions. Without its positive control, a study has none."""
+        return self.control is None or self.control.holds
+
+    def against_untrained(self, metric: str, *, primary: bool) -> Compared:
+        """Each arm against the model before training, with decisions if ``primary``."""
         starts: dict[str, list[Arm]] = defaultdict(list)
         for arm in self.ranked:
             if (before := self.untrained(arm)) is not None:
@@ -202,9 +220,9 @@ class Results:
 
     @cached_property
     def _learned(self) -> dict[str, Compared]:
-        alone = len(self.study.arms) == 1
+        alone = len(self.study.arms) == 1 and self.claims
         return {
-            metric: self._against_untrained(metric, primary=alone and metric == self.primary)
+            metric: self.against_untrained(metric, primary=alone and metric == self.primary)
             for metric in self.study.metrics
         }
 
@@ -224,7 +242,7 @@ class Results:
         because only one of several seeds is finished.
         """
         more = metric_of(self.primary).higher_is_better
-        comparisons = self._against_untrained(self.primary, primary=True)
+        comparisons = self.against_untrained(self.primary, primary=True)
         untested = [arm for arm in self._runs(self.primary, self.study.arms) if arm not in comparisons]
         untested += [c.arm for c in comparisons.values() if c.decision == "one seed so far"]
         sure = [c for c in comparisons.values() if c.significant or (c.runs_only and c.planned == 1)]
@@ -254,3 +272,31 @@ class Results:
         if not values or set(values) != set(arms):
             return None
         return np.array([[values[example] for example in sorted(values)]], dtype=np.float64)
+
+
+def control_of(study: Study, measured: Measured | None) -> Standing | None:
+    """Whether the positive control of a study holds; None if it names none.
+
+    Args:
+        study: the study.
+        measured: the data that it is measured on, as from :func:`halos_pl.study.control.measured_on`; None if unknown.
+
+    Raises:
+        StudyError: if it names one that cannot be its control.
+    """
+    if (control := study.control) is None:
+        return None
+    if not (control.study / VALUES).is_file():
+        return Standing(False, f"{control.study} has no {VALUES}")
+    other = study_in(control.study)
+    check_control(study, other)
+    results = Results(other, control.study, read_recorded(other, control.study))
+    arm = next(arm for arm in results.study.arms if arm.name == control.arm)
+    reached = Reached(
+        results.record.get("measured"),
+        len(results.seeds(arm)),
+        len(other.seeds),
+        results.estimates.get((control.metric, arm.name)),
+        results.against_untrained(control.metric, primary=True).get(arm.name),
+    )
+    return standing(study, measured, reached)

@@ -101,6 +101,23 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Control:
+    """The positive control of a study.
+
+    Attributes:
+        study: folder with the results of a study.
+        arm: one of its arms.
+        metric: one of its metrics, of which more is better.
+        at_least: the mean that the arm must reach.
+    """
+
+    study: Path
+    arm: str
+    metric: str
+    at_least: float
+
+
+@dataclass(frozen=True)
 class Study:
     """The content of a study file.
 
@@ -118,6 +135,7 @@ class Study:
         baseline: name of the arm that the others are compared with.
         cluster: parameters of submitit; None to run on this machine.
         tune: how an option is chosen for each arm; None if nothing is tuned.
+        control: the positive control, without which the study claims nothing; None if it needs none.
         note: question of the study, for the report.
         overrides: second file, which replaces keys of the first.
         places: file and line of some keys, for errors.
@@ -134,6 +152,7 @@ class Study:
     power: Mapping[str, Any] = field(default_factory=dict)
     cluster: Mapping[str, Any] | None = None
     tune: Tune | None = None
+    control: Control | None = None
     note: str = ""
     overrides: Path | None = None
     places: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,40 @@
+"""Reads ``control`` of a study file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from halos_pl.evaluation.metrics import METRICS, metric_of
+from halos_pl.study.spec import Control, StudyError
+
+KEYS = ("study", "arm", "metric", "at_least")
+
+
+def read_control(given: Mapping[str, Any], fault: Callable[..., StudyError]) -> Control:
+    """``control`` of a study file.
+
+    Args:
+        given: its content.
+        fault: makes an error from a message and the key at fault.
+
+    Raises:
+        StudyError: names the line at fault.
+    """
+    for key in given:
+        if key not in KEYS:
+            raise fault(f"unknown key {key!r} of control; it takes {', '.join(KEYS)}", "control", key)
+    for key, what in {"study": "the folder of a study's results", "arm": "one of its arms"}.items():
+        if not isinstance(given.get(key), str) or not given[key]:
+            raise fault(f"control.{key} is {given.get(key)!r}; it takes {what}", "control", key)
+    metric = given.get("metric")
+    if not isinstance(metric, str) or not metric_of(metric).higher_is_better:
+        higher = ", ".join(name for name, each in METRICS.items() if each.higher_is_better)
+        why = f"control.metric is {metric!r}; at_least takes a metric of which more is better: a benchmark, {higher}"
+        raise fault(why, "control", "metric")
+    at_least = given.get("at_least")
+    if not isinstance(at_least, int | float) or isinstance(at_least, bool) or not math.isfinite(at_least):
+        raise fault(f"control.at_least is {at_least!r}; it must be a number", "control", "at_least")
+    return Control(Path(given["study"]), given["arm"], metric, float(at_least))
