@@ -17,6 +17,7 @@ from halos_pl.study.comparison import Comparison
 from halos_pl.study.drawing import COLOURS, MARKERS, NOT, SIGNIFICANT, WIDTH, label, legend, legend_size, looks
 from halos_pl.study.results import Results
 from halos_pl.study.spec import Arm
+from halos_pl.study.tune import short_key
 
 #: Inches per line, and characters per inch, of 9-point text.
 LINE, CHARACTERS = 0.17, 11.5
@@ -281,6 +282,11 @@ def heat_map(results: Results, width: float = WIDTH) -> Figure | None:
         and all(isinstance(arm.options.get(key), (int, float)) for arm in arms)
         and len({arm.options[key] for arm in arms}) > 1
     ]
+    together: dict[tuple[float, ...], list[str]] = {}  # options that are equal in each arm are one side of the grid
+    for key in keys:
+        together.setdefault(tuple(arm.options[key] for arm in arms), []).append(key)
+    names = {some[0]: " = ".join(map(short_key, some)) for some in together.values()}
+    keys = list(names)
     metric = results.primary
     estimates = {arm: results.estimates[metric, arm.name] for arm in arms if (metric, arm.name) in results.estimates}
     places = [tuple(arm.options[key] for key in keys) for arm in arms]
@@ -304,8 +310,8 @@ def heat_map(results: Results, width: float = WIDTH) -> Figure | None:
         axis.text(j, i, f"{values[i, j]:.3g}", ha="center", va="center", color=ink, fontsize=9, rotation=turned)
     axis.set_xticks(range(len(columns)), [f"{c:g}" for c in columns], rotation=0 if cell > 0.5 else 90)
     axis.set_yticks(range(len(rows)), [f"{r:g}" for r in rows])
-    axis.set_xlabel(label(keys[0].rpartition(".")[2]), fontsize=9)
-    axis.set_ylabel(label(keys[1].rpartition(".")[2]), fontsize=9)
+    axis.set_xlabel(label(names[keys[0]]), fontsize=9)
+    axis.set_ylabel(label(names[keys[1]]), fontsize=9)
     axis.set_title(metric, fontsize=9, loc="left")
     figure.colorbar(image, label=f"{metric}, {unit_of(metric)}")
     return figure
