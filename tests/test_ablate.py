@@ -833,9 +833,15 @@ def test_names_and_errors_are_shown_as_they_are(
 
 def test_arms_in_one_place_of_the_grid_are_not_drawn_over_each_other(make: Any, tmp_path: Path) -> None:
     axes = {"model.value_function.init_args.beta": [0.1, 0.2], "data.batch_size": [2, 4]}
-    for arms, drawn in ((None, True), ({"one": {}, "two": {"data.max_length": 99}}, False)):
-        study = load_study(make(arms=arms, axes=axes, metrics=["kl"], seeds=[0]))
-        out = tmp_path / str(drawn)
+    beta = "model.value_function.init_args.beta"
+    both = {str(n): {"data.max_length": n, "model.micro_batch_rows": n} for n in (8, 16)}  # two options, one side
+    for arms, some, drawn in (
+        (None, axes, True),
+        ({"one": {}, "two": {"data.max_length": 99}}, axes, False),
+        (both, {beta: axes[beta]}, True),
+    ):
+        study = load_study(make(arms=arms, axes=some, metrics=["kl"], seeds=[0]))
+        out = tmp_path / f"{len(study.arms)} {len(some)} {drawn}"
         for number in range(len(study.arms)):
             _pretend(study, out, number, "kl", {"a": float(number)})
         assert (figures.heat_map(Results(study, out)) is not None) == drawn

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from run_halos import ROOT, pair_data
 
-from halos_pl.evaluation.arguments import measuring
+from halos_pl.cli.ablate import Parsers
+from halos_pl.evaluation.arguments import digest_of, measuring
 from halos_pl.study import report
 from halos_pl.study.control import measured_on
 from halos_pl.study.first_line import first_line
 from halos_pl.study.headline import headline
+from halos_pl.study.preflight import check
 from halos_pl.study.read import load_study
 from halos_pl.study.recorded import Recorded, write_recorded
 from halos_pl.study.report import write_report
@@ -181,3 +184,30 @@ def test_a_second_file_may_do_without_the_control(tmp_path: Path) -> None:
     assert study.control is not None
     (tmp_path / "over.yaml").write_text("control: null\n")
     assert load_study(study.path, tmp_path / "over.yaml").control is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_control_is_looked_at_before_the_first_run(tiny_folder: Path, tmp_path: Path) -> None:
+    held_out, control = pair_data(tmp_path / "held_out.jsonl", 4), tmp_path / "control"
+    content: dict[str, Any] = {
+        "configs": [f"{ROOT}/experiments/base.yaml"],
+        "options": {"model.policy.path": str(tiny_folder), "data.train": str(held_out), "trainer.max_steps": 1},
+        "arms": {"kto": {"objective": f"{ROOT}/experiments/objectives/kto.yaml"}},
+        "evaluate": {"held_out": [str(held_out)]},
+        "metrics": [METRIC],
+        "control": {"study": str(control), "arm": "dpo", "metric": METRIC, "at_least": 0.6},
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    study = load_study(path)
+    assert "no values.csv.gz" in (check(study, Parsers()).uncontrolled or "")
+    measured = {"held_out": {"elsewhere.jsonl": digest_of(str(held_out))}}
+    for share in (0.7, 0.55):
+        control = recorded(tmp_path / f"control {share}", {"dpo": share}, measured=measured)
+        (tmp_path / "over.yaml").write_text(yaml.safe_dump({"control": {**content["control"], "study": str(control)}}))
+        lacking = check(load_study(path, tmp_path / "over.yaml"), Parsers()).uncontrolled
+        assert (lacking is None) == (share > 0.6)
+    recorded(tmp_path / "control", {"dpo": 0.7})
+    with pytest.raises(StudyError, match="other data") as error:
+        check(study, Parsers())
+    assert str(error.value).startswith(f"{path}:{line_of(path, 'study:')}: control.study: ")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import re
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -71,13 +72,21 @@ def test_studies_of_real_feedback_are_valid(
     monkeypatch.setenv("HALOS_TEST_DATA", str(shared_data))
     votes = shared_data / "feedback/pandalm_testset_3annotators.jsonl.gz"
     made = subprocess.run(
-        [sys.executable, here / "make_contradictions.py", votes, "--out", tmp_path / "runs/pandalm"],
+        [
+            sys.executable,
+            here / "make_contradictions.py",
+            votes,
+            "--out",
+            tmp_path / "runs/pandalm",
+            "--model",
+            tiny_folder,
+        ],
         check=True,
         capture_output=True,
         text=True,
     ).stdout
-    assert "votes.jsonl: 204 pairs" in made
     assert "1 of 69" in made
+    _has_the_pairs_where_the_predictions_differ(tmp_path / "runs/pandalm")
     monkeypatch.chdir(tmp_path)
     tiny = {"model.policy.path": str(tiny_folder), "data.max_length": 48}
     files = yaml.safe_load((here / "hh_files.yaml").read_text())
@@ -85,6 +94,35 @@ def test_studies_of_real_feedback_are_valid(
         over = tmp_path / "over.yaml"
         over.write_text(yaml.safe_dump(scale | {"options": scale.get("options", {}) | tiny}))
         _compares_what_it_says(load_study(here / f"{study}.yaml", over))
+
+
+def _has_the_pairs_where_the_predictions_differ(folder: Path) -> None:
+    """By the log-probs of the model before training."""
+    rows = [json.loads(line) for line in (folder / "reference/held_out.jsonl").read_text().splitlines()]
+    logp = {(row["row"], row["desirable"]): row["policy_logp"] for row in rows}
+    every, votes, disputed = (
+        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("contradictory", "votes", "disputed")
+    )
+    assert (len(every), len({pair["prompt"] for pair in every})) == (68, 33)
+    assert len(votes) == 3 * 33  # one pair of each prompt
+    turned = [{"prompt": v["prompt"], "chosen": v["rejected"], "rejected": v["chosen"]} for v in votes]
+    for pair in disputed:
+        assert (votes.count(pair), turned.count(pair)) == (2, 1)
+    far = {
+        pair["prompt"]
+        for number, pair in enumerate(every, start=1)
+        for chosen in [next(v for (row, good), v in logp.items() if good and _line(row) == number)]
+        for rejected in [next(v for (row, good), v in logp.items() if not good and _line(row) == number)]
+        if rejected - chosen > 10 * math.log(2)
+    }
+    assert {pair["prompt"] for pair in disputed} == far
+    assert 0 < len(disputed) == len(far) < 33
+
+
+def _line(row: str) -> int:
+    """The line of a row, as in ``FILE:3#rejected``."""
+    return int(row.rpartition(":")[2].partition("#")[0])
 
 
 def _compares_what_it_says(study: Study) -> None:
@@ -116,30 +154,6 @@ def test_a_study_names_shipped_files_from_any_folder(tmp_path: Path, monkeypatch
     (tmp_path / "ablations/beta.yaml").touch()
     with pytest.raises(StudyError, match="ambiguous"):
         load_study("ablations/beta")
-
-
-def test_what_is_read_from_results_is_recomputed() -> None:
-    """The README states the numbers that the script prints."""
-    spec = importlib.util.spec_from_file_location("readings", ROOT / "experiments/ablations/readings.py")
-    assert spec is not None
-    assert spec.loader is not None
-    readings = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readings)
-    page = (ROOT / "experiments/ablations/results/README.md").read_text()
-    lines = [*readings.by_length(), *readings.slopes(), *readings.imbalance(), *readings.detectable()]
-    for number in re.findall(r"\d\.\d+", " ".join(lines)):
-        assert number in page, number
-    assert "shorter in 77, longer in 17" in lines[0]
-
-
-@pytest.mark.slow
-def test_how_often_earlier_reports_were_wrong_is_recomputed() -> None:
-    words = [sys.executable, ROOT / "experiments/ablations/readings.py"]
-    said = subprocess.run(words, check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    page = (ROOT / "experiments/ablations/results/README.md").read_text()
-    for line in said.splitlines():
-        if line.startswith("false"):
-            assert f"{100 * float(line.rpartition(' ')[2]):.0f} %" in page
 
 
 def test_a_study_at_another_scale_keeps_its_arms(tmp_path: Path) -> None:

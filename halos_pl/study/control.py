@@ -65,7 +65,8 @@ def check_control(study: Study, other: Study) -> None:
     Raises:
         StudyError: names the line of the study that has the control.
     """
-    assert (control := study.control) is not None
+    control = study.control
+    assert control is not None
     arms = [arm.name for arm in other.arms]
     if control.arm not in arms:
         why = f"{control.study} has no arm {control.arm!r}; its arms are {', '.join(arms)}"
@@ -86,7 +87,8 @@ def standing(study: Study, measured: Measured | None, reached: Reached) -> Stand
     Raises:
         StudyError: if the control was measured on other data; names the line.
     """
-    assert (control := study.control) is not None
+    control = study.control
+    assert control is not None
     what = f"{control.arm} of {control.study}"
     if metric_of(control.metric).unit != "questions":
         if not measured or not reached.measured:
@@ -110,7 +112,8 @@ def standing(study: Study, measured: Measured | None, reached: Reached) -> Stand
 
 def _check_data(study: Study, measured: Measured, others: Measured) -> None:
     """Refuses other files by their digests; data from the hub have none, but names."""
-    assert (control := study.control) is not None
+    control = study.control
+    assert control is not None
     key = "prompts" if metric_of(control.metric).unit == "prompts" else "held_out"
     own, theirs = (_identities(each.get(key, {})) for each in (measured, others))
     if set(own) != set(theirs):

@@ -12,9 +12,7 @@ from halos_pl.study.results import Results
 
 
 def first_line(results: Results) -> str:
-    """One sentence on the primary metric; first of all, whether there is a positive control, and whether any arm is better
-    than the model before training.
-    """
+    """One sentence on the primary metric; before that, whether the positive control holds and any arm has learned."""
     metric = results.primary
     _, what, more = metric_of(metric)
     measured = [arm for arm in results.ranked if (metric, arm.name) in results.estimates]

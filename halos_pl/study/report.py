@@ -46,8 +46,8 @@ SEVERAL = (
     "without any difference claim one."
 )
 UNCONTROLLED = (
-    "An example is everything measured on one prompt. Differences are paired by example and by seed. As the study has no "
-    "positive control, nothing is tested: all differences have uncorrected 95% intervals and no decision. Positive "
+    "An example is everything measured on one prompt. Differences are paired by example and by seed. As the study has "
+    "no positive control, nothing is tested: all differences have uncorrected 95% intervals and no decision. Positive "
     "metrics such as KL are compared by ratios, on the log scale, unless the mean of a run is not above 0."
 )
 ALONE = "On the primary metric, the arm is tested against the model before training."
