@@ -135,6 +135,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a metric without a direction": ({"metric": "kl"}, "metric: kl", "more is better"),
     "a metric of which less is better": ({"metric": "brier"}, "metric: brier", "more is better"),
     "no number": ({"at_least": "much"}, "at_least", "'much'"),
+    "a percentage": ({"at_least": 60}, "at_least", "60 % is 0.6"),
     "a number that is none": ({"at_least": float("nan")}, "at_least", "nan"),
     "an arm that it lacks": ({"arm": "kto"}, "arm: kto", "its arms are dpo"),
     "a metric that it lacks": ({"metric": "rule"}, "metric: rule", "it has reward_accuracy"),

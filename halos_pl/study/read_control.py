@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from halos_pl.evaluation.metrics import METRICS, metric_of
+from halos_pl.evaluation.metrics import METRICS, is_share, metric_of
 from halos_pl.study.spec import Control, StudyError
 
 KEYS = ("study", "arm", "metric", "at_least")
@@ -37,4 +37,7 @@ def read_control(given: Mapping[str, Any], fault: Callable[..., StudyError]) -> 
     at_least = given.get("at_least")
     if not isinstance(at_least, int | float) or isinstance(at_least, bool) or not math.isfinite(at_least):
         raise fault(f"control.at_least is {at_least!r}; it must be a number", "control", "at_least")
+    if is_share(metric) and not 0 < at_least < 1:
+        why = f"control.at_least is {at_least:g}; {metric} is a share, so it must be between 0 and 1: 60 % is 0.6"
+        raise fault(why, "control", "at_least")
     return Control(Path(given["study"]), given["arm"], metric, float(at_least))

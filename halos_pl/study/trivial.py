@@ -70,7 +70,8 @@ def baselines(done: list[Run], earlier: Earlier) -> dict[Key, Figures]:
             {**r, "policy_logp": -r["words"], "reference_logp": 0.0} for r in held_out_records(done[0]) if "words" in r
         ]
         shorter = of_pairs(words, 1.0) | of_rows(words) | by_length(words) if words else {}
-        kept = {name: shorter[name] for name in ("reward_accuracy", "reward_auroc", *STRATA) if shorter.get(name)}
+        names = ("reward_accuracy", "policy_accuracy", "reward_auroc", *STRATA)
+        kept = {name: shorter[name] for name in names if shorter.get(name)}
         if kept:
             figures[SHORTER, None] = kept
     if rule := earlier.baselines.get(SHORTER):
