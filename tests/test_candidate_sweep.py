@@ -1,22 +1,23 @@
-"""experiments/theory/candidates.py: a sweep from files to its report."""
+"""`halos ablate` on `policy: candidates`: a sweep from files to its report."""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from theory_scripts import script
 
-from halos_pl.candidates.read import read_preferences
-from halos_pl.policy.loading import ModelSpec
-
-SCRIPT = script("candidates")
+from halos_pl.candidates.measure import features_of
+from halos_pl.candidates.read import Preferences, read_preferences
+from halos_pl.candidates.spec import load_sweep
+from halos_pl.cli.ablate import ablate, report, status
+from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
+from halos_pl.study.spec import StudyError
 
 
 def rows(first: int, count: int) -> list[dict[str, Any]]:
@@ -27,6 +28,17 @@ def rows(first: int, count: int) -> list[dict[str, Any]]:
     ]
 
 
+def saved(study: dict[str, Any], folder: Path) -> Path:
+    (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    return folder / "study.yaml"
+
+
+def completions(tokenizer: Any, text: str) -> list[list[int]]:
+    """A completion's tokens, with and without what ends it."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [ids, [*ids, tokenizer.eos_token_id]]
+
+
 def write(path: Path, lines: list[dict[str, Any]]) -> str:
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return str(path)
@@ -35,6 +47,7 @@ def write(path: Path, lines: list[dict[str, Any]]) -> str:
 @pytest.fixture
 def study(tmp_path: Path, tiny_folder: Path) -> dict[str, Any]:
     return {
+        "policy": "candidates",
         "train": [write(tmp_path / "train.jsonl", rows(0, 12))],
         "held_out": [write(tmp_path / "held_out.jsonl", rows(100, 8))],
         "model": {"path": str(tiny_folder)},
@@ -44,34 +57,136 @@ def study(tmp_path: Path, tiny_folder: Path) -> dict[str, Any]:
         "steps": 10,
         "words": 4,
         "rates": [0.001, 0.1],
+        "seeds_per_round": 2,
+        "tune_seeds": 2,
         "arms": {"kto": {"objective": "kto", "reference_point": "CandidateKL"}, "dpo": {"objective": "dpo"}},
         "axes": {"value_function.init_args.beta": [0.5, 1.0]},
         "noise": [0.0, 0.25],
     }
 
 
-def swept(study: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The report."""
-    (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
-    monkeypatch.setattr(sys, "argv", ["candidates.py", str(folder / "study.yaml"), "--out", str(folder / "out")])
-    SCRIPT.main()
-    return (folder / "out" / "report.md").read_text()
+def run(study: dict[str, Any], folder: Path) -> Path:
+    """The folder of the sweep."""
+    ablate(str(saved(study, folder)), out=str(folder / "out"))
+    return folder / "out"
 
 
-def test_a_sweep_measures_each_cell_at_its_best_rate(study, tmp_path, monkeypatch):
-    report = swept(study, tmp_path, monkeypatch)
-    values = list(csv.DictReader((tmp_path / "out" / "values.csv").open()))
-    rates = list(csv.DictReader((tmp_path / "out" / "rates.csv").open()))
-    assert len(values) == 2 * 2 * 2 * 3
-    assert len(rates) == 2 * 2 * 2 * 2
+def table(out: Path, name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(gzip.open(out / f"{name}.csv.gz", "rt")))
+
+
+def test_a_sweep_measures_each_cell_at_its_best_rate(study, tmp_path):
+    out = run(study, tmp_path)
+    values, rates, prompts = (table(out, name) for name in ("values", "rates", "prompts"))
+    assert (len(values), len(rates), len(prompts)) == (8 * 3, 8 * 2, 8 * 2)  # rounds of 2 seeds and 1
     assert {line["value_function.init_args.beta"] for line in values} == {"0.5", "1.0"}
+    text = (out / "report.md").read_text()
     for cell in range(8):
-        curve = [float(line["chosen"]) for line in rates[2 * cell : 2 * cell + 2]]
-        assert f"{'0.001' if curve[0] >= curve[1] else '0.1'} (edge)" in report.splitlines()[6 + cell]
+        curve = {line["rate"]: float(line["figure"]) for line in rates[2 * cell : 2 * cell + 2]}
+        assert f"{max(curve, key=curve.__getitem__)}, edge" in text
     clean = [float(line["accuracy"]) for line in values if line["noise"] == "0.0"]
     assert min(clean) == 1  # the words tell which answer is preferred
     assert all(float(line["kl"]) >= 0 for line in values)
-    assert "In 8 of 8 cells" in report
+    for cell in range(8):  # the two ways to average agree
+        rounds = [line for line in prompts if list(line.values())[:4] == list(prompts[cell].values())[:4]]
+        sums = [int(line["seeds"]) * mean for line in rounds for mean in map(float, line["means"].split())]
+        mine = [float(v["accuracy"]) for v in values if list(v.values())[:4] == list(prompts[cell].values())[:4]]
+        assert sum(sums) / len(prompts[0]["means"].split()) == pytest.approx(sum(mine), abs=1e-3)
+
+
+def test_an_interrupted_sweep_resumes_to_the_same_values(study, tmp_path):
+    out = run(study, tmp_path)
+    whole = {name: sorted(map(str, table(out, name))) for name in ("values", "rates")}
+    packed = (out / "values.csv.gz").read_bytes()
+    (out / "values.csv.gz").write_bytes(packed[: len(packed) * 2 // 3])  # in the middle of a piece
+    run(study, tmp_path)
+    assert {name: sorted(map(str, table(out, name))) for name in whole} == whole
+
+
+def test_more_seeds_keep_those_that_are_done(study, tmp_path):
+    out = run(study, tmp_path)
+    before = table(out, "values")
+    after = table(run(study | {"seeds": 4}, tmp_path), "values")
+    assert after[: len(before)] == before
+    seeds = {(line["arm"], line["noise"], line["value_function.init_args.beta"], line["seed"]) for line in after}
+    assert len(seeds) == 8 * 4
+
+
+def test_report_and_status_need_only_the_folder(study, tmp_path, capsys):
+    out = run(study, tmp_path)
+    text = (out / "report.md").read_text()
+    (out / "report.md").unlink()
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.jsonl").unlink()
+    report(str(out))
+    assert (out / "report.md").read_text() == text
+    (out / "values.csv.gz").unlink()
+    status(str(out))
+    assert "seeds 0 to 1: 0 of 8 cells" in capsys.readouterr().out
+    with pytest.raises(StudyError, match="no cell has been measured"):
+        report(str(out))
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [({"steps": 11}, "steps 10, not 11"), ({"train": ["other"]}, "other data"), ({"noise": [0.0]}, "noise")],
+)
+def test_values_of_other_settings_or_data_are_refused(study, change, fault, tmp_path):
+    out = run(study, tmp_path)
+    packed = (out / "values.csv.gz").read_bytes()
+    if "train" in change:
+        change = {"train": [write(tmp_path / "other.jsonl", rows(0, 11))]}
+    with pytest.raises(StudyError, match=fault):
+        run(study | change, tmp_path)
+    assert (out / "values.csv.gz").read_bytes() == packed
+
+
+def test_a_folder_with_other_files_is_refused(study, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(StudyError, match="is not empty"):
+        run(study, tmp_path)
+
+
+def test_states_are_means_over_a_completion_and_come_with_log_probs(tmp_path, tiny_folder, monkeypatch):
+    """Against the model's own hidden states, row by row."""
+    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path / "votes.jsonl", rows(0, 3))
+    spec = ModelSpec(str(tiny_folder))
+    read = read_preferences([path], spec, reference=True, states=True)
+    plain = read_preferences([path], spec, reference=True)
+    assert read.reference_logps == pytest.approx(plain.reference_logps, abs=1e-3)
+    model, tokenizer = load_model(spec).eval(), load_tokenizer(spec)
+    for row, text in enumerate(read.texts):
+        question = tokenizer(f"question {read.prompt[row]}?", add_special_tokens=True)["input_ids"]
+        found = [
+            model(torch.tensor([[*question, *ids]]), output_hidden_states=True).hidden_states[-1][0, len(question) :]
+            for ids in completions(tokenizer, text)
+        ]
+        nearest = min(float((each.mean(0) - read.states[row]).abs().max()) for each in found)
+        assert nearest < 1e-4
+    again = read_preferences([path], spec, reference=True, states=True)
+    assert (again.scored, again.stored) == (0, 6)
+    assert torch.equal(torch.stack(again.states), torch.stack(read.states))
+
+
+def test_components_are_those_of_training(study, tmp_path, monkeypatch):
+    """Held-out completions do not move the features of training."""
+    read = Preferences(
+        prompt=[0, 0, 1, 1, 2, 2],
+        texts=["a"] * 6,
+        tokens=[1, 2, 3, 4, 5, 6],
+        states=[*torch.randn(6, 5, generator=torch.Generator().manual_seed(0))],
+        pairs=[(0, 1), (2, 3), (4, 5)],
+    )
+    spec = load_sweep(saved(study | {"states": 3, "reference": True, "words": 0}, tmp_path))[0]
+    first = features_of(spec, read, [0, 1])
+    read.states[4] = 100 * read.states[4]
+    second = features_of(spec, read, [0, 1])
+    assert torch.equal(first[:4], second[:4])
+    assert first[:4].std(0).tolist() == pytest.approx([1] * 4)
+    centred = first[:4, 1:] - first[:4, 1:].mean(0)
+    assert (centred.T @ centred).fill_diagonal_(0).abs().max() < 1e-4  # components do not correlate
 
 
 def test_log_probs_are_those_of_the_model_and_computed_once(study, tmp_path, tiny_folder, monkeypatch):
@@ -95,16 +210,24 @@ def test_labels_and_scores_become_preferences(tmp_path, tiny_folder):
     assert {(read.texts[a], read.texts[b]) for a, b in read.pairs} == {("good", "bad"), ("better", "bad")}
 
 
-def test_free_logits_are_reported_on_the_prompts_of_training(study, tmp_path, monkeypatch):
+def test_free_logits_are_reported_on_the_prompts_of_training(study, tmp_path):
     contradicted = [row for row in rows(0, 4) for _ in range(2)]
     contradicted += [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows(0, 4)]
     study |= {
         "train": [write(tmp_path / "votes.jsonl", contradicted)],
         "held_out": [write(tmp_path / "majority.jsonl", rows(0, 4))],
-        **{"words": "free", "votes": 12, "seeds": 1, "noise": [0.0], "steps": 40, "rates": [0.01, 0.1]},
+        **{
+            "words": "free",
+            "measure_on": "training_prompts",
+            "votes": 12,
+            "seeds": 1,
+            "tune_seeds": 1,
+            "noise": [0.0],
+            "steps": 40,
+            "rates": [0.01, 0.1],
+        },
     }
-    swept(study, tmp_path, monkeypatch)
-    values = list(csv.DictReader((tmp_path / "out" / "values.csv").open()))
+    values = table(run(study, tmp_path), "values")
     assert [line["follows"] for line in values] == ["1.0"] * 4  # both follow a majority that pi_ref does not oppose
 
 
@@ -124,20 +247,47 @@ def test_free_logits_are_reported_on_the_prompts_of_training(study, tmp_path, mo
         ({"votes": 13}, "votes is 13"),
         ({"votes": 12, "noise": [0.0]}, "set seeds to 1"),
         ({"steps": 0}, "steps is 0"),
+        ({"policy": "language"}, "policy is 'language'"),
+        ({"states": 4}, "states are those of the reference"),
+        ({"words": "free"}, "set measure_on to training_prompts"),
+        ({"baseline": "ppo"}, "baseline 'ppo' is not an arm"),
+        ({"arms": {"kto": {"objective": "kto", "reference_point": "CandidateKL", "balance": 2}}}, "balance is 2"),
+        ({"seeds": "many"}, "seeds"),
         ({"noise": [1.5]}, "noise"),
         ({"colour": "red"}, "colour"),
         ({"train": ["none.jsonl"]}, "none.jsonl"),
     ],
 )
-def test_faults_of_a_study_are_one_line(study, change, fault, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit) as stop:
-        swept(study | change, tmp_path, monkeypatch)
+def test_faults_of_a_study_are_one_line(study, change, fault, tmp_path):
+    with pytest.raises((StudyError, ValueError)) as stop:
+        run(study | change, tmp_path)
     assert fault in str(stop.value)
     assert "\n" not in str(stop.value)
-    assert not (tmp_path / "out" / "report.md").exists()
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_prompt_in_training_and_held_out_data_is_refused(study, tmp_path, monkeypatch):
+def test_faults_name_the_line(study, tmp_path):
+    path = saved(study | {"rates": [0.1, 0.01]}, tmp_path)
+    line = 1 + next(i for i, text in enumerate(path.read_text().splitlines()) if text.startswith("rates"))
+    with pytest.raises(StudyError, match=f"study.yaml:{line}: rates is"):
+        ablate(str(path))
+    with pytest.raises(StudyError, match="takes no --jobs"):
+        ablate(str(path), jobs=2)
+
+
+def test_a_prompt_in_training_and_held_out_data_is_refused(study, tmp_path):
     study["held_out"] = [write(tmp_path / "held_out.jsonl", [*rows(100, 4), *rows(3, 1)])]
-    with pytest.raises(SystemExit, match=r"held_out\.jsonl:5: the held-out prompt is also one of train"):
-        swept(study, tmp_path, monkeypatch)
+    with pytest.raises(StudyError, match=r"held_out\.jsonl:5: the held-out prompt is also one of train"):
+        run(study, tmp_path)
+
+
+def test_balance_gives_both_classes_the_same_weight(study, tmp_path):
+    """lambda_D n_D = lambda_U n_U, whatever the share of desirable rows."""
+    study |= {"desirable": [0.25, 1.0]}
+    study["arms"]["kto"]["balance"] = True
+    spec, built = load_sweep(saved(study, tmp_path))
+    for cell, objective in built.items():
+        if cell.arm == "kto":
+            feedback = objective.feedback
+            n_d = round(cell.desirable * spec.votes)
+            assert feedback.lambda_desirable * n_d == feedback.lambda_undesirable * spec.votes

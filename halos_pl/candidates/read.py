@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from halos_pl.batch import Needs, TokenBatch
 from halos_pl.candidates.policy import Candidates
+from halos_pl.candidates.states import Precision, StoredStates
 from halos_pl.common.progress import Progress
 from halos_pl.data import FeedbackDataModule
 from halos_pl.data.example import DataError
@@ -39,6 +39,8 @@ class Preferences:
         texts: each completion as text.
         tokens: number of its tokens with loss.
         reference_logps: log pi_ref of each completion in nats; empty without a reference.
+        states: mean last hidden state of each completion under the reference, float32 [size] each; empty unless asked
+            for.
         pairs: (chosen, rejected) of each preference, as numbers of completions.
         names: row of each preference, ``FILE:LINE``.
         scored, stored: number of rows whose log pi_ref was computed, and found in the cache.
@@ -48,6 +50,7 @@ class Preferences:
     texts: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     reference_logps: list[float] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
     pairs: list[tuple[int, int]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     scored: int = 0
@@ -89,7 +92,14 @@ class Preferences:
 
 
 def read_preferences(
-    files: Any, model: ModelSpec, *, reference: bool, max_length: int = 512, text_prompts: Any = "plain"
+    files: Any,
+    model: ModelSpec,
+    *,
+    reference: bool,
+    states: bool = False,
+    precision: Precision = "32-true",
+    max_length: int = 512,
+    text_prompts: Any = "plain",
 ) -> Preferences:
     """The preferences in files, read as ``halos evaluate`` reads held-out feedback.
 
@@ -103,6 +113,8 @@ def read_preferences(
         files: sources of feedback, as of ``data.test``.
         model: its tokenizer cuts rows to ``max_length``, and it is the reference.
         reference: whether to compute log pi_ref.
+        states: whether to compute mean hidden states too, in the same pass; needs ``reference``.
+        precision: of the reference's layers in that pass (see :mod:`halos_pl.candidates.states`).
         max_length, text_prompts: as in :class:`~halos_pl.data.FeedbackDataModule`.
 
     Raises:
@@ -119,25 +131,34 @@ def read_preferences(
     tokenizer = load_tokenizer(model)
     data.connect(tokenizer=tokenizer, needs=Needs(undesirable=True))
     data.setup("test")
-    source = _reference(model, tokenizer, data) if reference else None
+    source = _reference(model, tokenizer, data, precision if states else None) if reference else None
     read, known = Preferences(), dict[tuple[int, tuple[int, ...]], int]()
     loader = data.test_dataloader()
     with Progress(len(loader), "reading preferences") as progress:
         for batch in loader:
-            _add(read, known, batch, tokenizer, None if source is None else source.logps(batch).sum(1).tolist())
+            _add(read, known, batch, tokenizer, None if source is None else _scored(source, batch))
             progress.advance()
     if source is not None:
         read.scored, read.stored = source.rows_computed, source.rows_stored
     return read
 
 
-def _reference(model: ModelSpec, tokenizer: Any, data: FeedbackDataModule) -> StoredReference:
+def _reference(
+    model: ModelSpec, tokenizer: Any, data: FeedbackDataModule, precision: Precision | None
+) -> StoredReference | StoredStates:
     scorer = Scorer(load_model(model), name="the reference").eval()
     check_length(scorer.model, data.longest)
     check_vocabulary(scorer.model, tokenizer, data.tokens())
+    if precision is not None:
+        return StoredStates(scorer, ReferenceStore(), precision)
     reference = FrozenCopy()
     reference.bind(scorer, model, stored=True)
     return StoredReference(reference, ReferenceStore(), lambda: scorer.numerics)
+
+
+def _scored(source: StoredReference | StoredStates, batch: TokenBatch) -> Tensor:
+    """float32 [n, 1 + size], as of :class:`StoredStates`; without states, size is 0."""
+    return source.logps(batch).sum(1, keepdim=True) if isinstance(source, StoredReference) else source(batch)
 
 
 def _add(
@@ -145,7 +166,7 @@ def _add(
     known: dict[tuple[int, tuple[int, ...]], int],
     batch: TokenBatch,
     tokenizer: Any,
-    logps: list[float] | None,
+    scored: Tensor | None,
 ) -> None:
     tokens, place = completion_mask(batch).sum(1).tolist(), []
     for i, completion in enumerate(batch.completions):
@@ -155,10 +176,12 @@ def _add(
             read.prompt.append(key[0])
             read.texts.append(str(tokenizer.decode(completion, skip_special_tokens=True)))
             read.tokens.append(tokens[i])
-            if logps is not None:
-                if not math.isfinite(logps[i]):
-                    raise DataError(f"{batch.row_ids[i]}: log pi_ref is {logps[i]}; leave the row out")
-                read.reference_logps.append(logps[i])
+            if scored is not None:
+                if not bool(scored[i].isfinite().all()):
+                    raise DataError(f"{batch.row_ids[i]}: log pi_ref is {scored[i, 0].item()}; leave the row out")
+                read.reference_logps.append(scored[i, 0].item())
+                if scored.shape[1] > 1:
+                    read.states.append(scored[i, 1:])
         place.append(known[key])
     for i, (good, pair) in enumerate(zip(batch.labels.desirable.tolist(), batch.labels.pair.tolist(), strict=True)):
         if good:

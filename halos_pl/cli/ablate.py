@@ -19,10 +19,10 @@ from halos_pl.run_dir import SUMMARY, shortfall, untold
 from halos_pl.study.choice import choices, tuned
 from halos_pl.study.earlier import EARLIER, Earlier, read_earlier
 from halos_pl.study.finished import finished
-from halos_pl.study.read import load_study, study_in
+from halos_pl.study.read import load_study, study_in, sweep_file
 from halos_pl.study.recorded import VALUES, read_recorded
 from halos_pl.study.spec import Run, Study, StudyError, default_folder
-from halos_pl.study.state import ended, failure, state
+from halos_pl.study.state import STUDY, ended, failure, state
 from halos_pl.study.tuning import tuning_in
 
 
@@ -71,6 +71,8 @@ def ablate(
 ) -> None:
     """Run a study: train and measure every arm with every seed, and write a report. Resumes an interrupted study.
 
+    A file with ``policy: candidates`` is a sweep over policies that are fitted in milliseconds; it takes --out only.
+
     Args:
         study: YAML file of the study, or the name of a shipped one, such as ablations/beta.
         overrides: second file, or the name of a shipped one, which changes the scale: its options are added to those of
@@ -91,6 +93,14 @@ def ablate(
     from halos_pl.study.processes import environment
     from halos_pl.study.timing import show_plan, timed_step
 
+    if (file := sweep_file(study)) is not None:
+        for option, given in (("overrides", overrides), ("jobs", jobs != 1), ("keep_checkpoints", keep_checkpoints)):
+            if given:
+                raise StudyError(f"{file} is a sweep over policies over candidates, which takes no --{option}")
+        from halos_pl.candidates.sweep import sweep
+
+        sweep(file, Path(out) if out else default_folder(study, None))
+        return
     if jobs < 1:
         raise StudyError(f"--jobs is {jobs}; it must be at least 1")
     spec = load_study(study, overrides)
@@ -181,6 +191,12 @@ def status(folder: str) -> None:
     Args:
         folder: folder of the study.
     """
+    if sweep_file(Path(folder) / STUDY) is not None:
+        from halos_pl.candidates.report import read_sweep, status_lines
+
+        for line in status_lines(*read_sweep(Path(folder))):
+            print(plain(line))
+        return
     study = study_in(Path(folder))
     tuning = tuning_in(study, Path(folder))
     reasons = {choice.arm: choice.why_not for choice in choices(study, tuning.means)}
@@ -227,6 +243,12 @@ def report(folder: str) -> None:
     Raises:
         StudyError: if the folder has no study.yaml, or neither runs nor values.
     """
+    if sweep_file(Path(folder) / STUDY) is not None:
+        from halos_pl.candidates.report import read_sweep, write_report
+
+        spec, _ = read_sweep(Path(folder))
+        print(plain(f"halos: the report is {write_report(spec, Path(folder))}"))
+        return
     from halos_pl.study.results import has_runs
 
     study, path = study_in(Path(folder)), Path(folder)

@@ -178,7 +178,8 @@ class Scorer(nn.Module):
             batch: n rows.
             wanted: The result: ``logps``; ``scores``, all that ``needs`` names; ``states``, the hidden states of a
                 model that shares prefixes; or ``logits``, each row separately.
-            needs: Needs of an objective, for ``scores``: log-probs, routing of a mixture of experts, scalars.
+            needs: Needs of an objective, for ``scores``: log-probs, routing of a mixture of experts, scalars. For
+                ``states``, the need of a scalar adds the states after the rows' last tokens.
             hidden: Hidden states [m, size] from an earlier pass, in place of a batch.
 
         Returns:
@@ -212,7 +213,7 @@ class Scorer(nn.Module):
         if wanted == "states":
             if not self.shares_prefixes:
                 raise ModelError(f"{self._name} does not share prompts; set model.prefix_sharing to never")
-            return run(self.model, lambda: list(prefix_sharing.shared_states(self.model, batch)))
+            return run(self.model, lambda: list(prefix_sharing.shared_states(self.model, batch, last=needs.scalar)))
         if wanted == "logits":
             return padded_logits(self.model, batch)[0]
         scores = self._scores(batch, needs)

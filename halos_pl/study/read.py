@@ -10,7 +10,7 @@ from typing import Any
 
 from halos_pl.common.experiments import PresetError, config_file, hint, objectives, presets, shipped_paths
 from halos_pl.common.misplaced import misplaced, read_config
-from halos_pl.common.yaml_files import Lines, YAMLFileError
+from halos_pl.common.yaml_files import Lines, YAMLFileError, read_yaml
 from halos_pl.evaluation.evaluate import ARGUMENTS
 from halos_pl.evaluation.metrics import BY_JUDGE, CODE, METRICS, RATIOS, is_share
 from halos_pl.study.grid import OBJECTIVE, TUNE, GridPoint, Place, grid
@@ -32,6 +32,8 @@ REPLACEABLE = tuple(key for key in KEYS if key not in ("arms", "axes", "sample",
 POWER = ("prompt_sd", "run_sd", "sampling_sd", "values", "effect")
 #: The largest possible standard deviations for a share: of differences between -1 and 1, and of means between 0 and 1.
 MOST = {"prompt_sd": 1.0, "run_sd": 0.5, "sampling_sd": 1.0}
+#: The key and value of a sweep over policies over candidates.
+POLICY, CANDIDATES = "policy", "candidates"
 # Options that a study sets for each run, and what to do instead.
 PER_RUN = {
     "run_dir": "each run has its own folder below that of --out",
@@ -64,6 +66,27 @@ def study_in(folder: Path) -> Study:
         raise StudyError(f"{folder} is not a study's folder: it has no {STUDY}")
     overrides = folder / OVERRIDES
     return load_study(folder / STUDY, overrides if overrides.is_file() else None)
+
+
+def sweep_file(path: str | Path) -> Path | None:
+    """The file with this path or name, if it has ``policy: candidates``; its other faults are for its reader.
+
+    Raises:
+        StudyError: it names another policy.
+    """
+    file = _study_file(path)
+    try:
+        content, lines = read_yaml(file)
+    except (OSError, YAMLFileError):
+        return None
+    if (policy := content.get(POLICY)) is None:
+        return None
+    if policy != CANDIDATES:
+        raise StudyError(
+            f"{file}:{lines[POLICY,]}: {POLICY} is {policy!r}; it can only be {CANDIDATES}; a study that trains language"
+            " models leaves it out"
+        )
+    return file
 
 
 def _study_file(path: str | Path) -> Path:
