@@ -39,6 +39,7 @@ def sweep(study: Path, folder: Path) -> Path:
         StudyError: names the line, row or setting at fault, before anything is fitted.
         DataError, ModelError: as :func:`halos_pl.candidates.read.read_preferences`.
     """
+    made = provenance()  # now: the code may change while this process runs
     spec, built = load_sweep(study)
     began = time.perf_counter()
     read = read_preferences(
@@ -57,7 +58,7 @@ def sweep(study: Path, folder: Path) -> Path:
         data = prepare(spec, read)
     except ValueError as error:
         raise StudyError(f"{study}: {error}") from error
-    claim(spec, study, folder, _record(read, data))
+    claim(spec, study, folder, {**_record(read, data), **made})
     values = Values(spec, folder)
     rates = _tuned(spec, built, data, values)
     done = values.seeds()
@@ -92,7 +93,6 @@ def _record(read: Preferences, data: Data) -> dict[str, Any]:
         "tokens": round(sum(read.tokens) / len(read.tokens), 1),
         "date": datetime.now(UTC).date().isoformat(),
         "threads": torch.get_num_threads(),
-        **provenance(),
     }
 
 
