@@ -2,11 +2,11 @@
 
     python experiments/theory/make_pandalm.py testset-v1.jsonl --out runs/pandalm_candidates
 
-The file comes from github.com/WeOpenML/PandaLM (Apache-2.0), one row per line, gzipped or not; three annotators vote for
-a response or a tie. Each row with more votes for one response than for the other becomes a preference of the majority:
-in train.jsonl for every other prompt, in held_out.jsonl for the rest, so that they share no prompt. Rows with two votes
-against one become three preferences in votes.jsonl and one in majority.jsonl; of these, only the first row of a prompt
-is kept, as a prompt's rows are not independent.
+The file comes from github.com/WeOpenML/PandaLM (Apache-2.0), one row per line, gzipped or not; three annotators vote
+for a response or a tie. Each row with more votes for one response than for the other becomes a preference of the
+majority: in train.jsonl for every other prompt, in held_out.jsonl for the rest, so that they share no prompt. Rows with
+two votes against one become three preferences in votes.jsonl and one in majority.jsonl; of these, only the first row of
+a prompt is kept, as a prompt's rows are not independent.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python experiments/theory/theorem_4_3.py runs/theorem_4_3
 
-The KTO paper's Theorem 4.3 (arXiv v4): two of three annotators prefer y_a, one y_b; Delta = log pi_ref(y_b)/pi_ref(y_a).
-DPO's optimal policy prefers y_b where 2/3 < sigma(beta Delta); loss-neutral KTO's prefers y_a. Prints the counts, and
-writes switch.png to the folder.
+The KTO paper's Theorem 4.3 (arXiv v4): two of three annotators prefer y_a, one y_b. With Delta = log pi_ref(y_b) -
+log pi_ref(y_a), DPO's optimal policy prefers y_b where 2/3 < sigma(beta Delta), that is beta Delta > log 2; loss-neutral KTO's prefers y_a. Prints
+the counts, and writes switch.png to the folder.
 """
 
 from __future__ import annotations
@@ -52,19 +52,23 @@ def main() -> None:
             off = max(abs(gap - optimum(old, beta)) for gap, old in zip(gaps, before, strict=True))
             agreed = sum((gap < 0) == other for gap, other in zip(gaps, minority, strict=True))
             line += f"; as DPO's optimum at {agreed}, at most {off:.2g} nats from it"
+        strength = [-beta * gap for gap in before]
+        if beaten := [x for x, gap in zip(strength, gaps, strict=True) if gap <= 0]:
+            won = max((x for x, gap in zip(strength, gaps, strict=True) if gap > 0), default=-math.inf)
+            line += f"; beta Delta is up to {won:.3g} where it follows, and from {min(beaten):.3g} on where it does not"
         print(line)
-        style = look(list(spec.arms).index(cell.arm)) | {"linestyle": "", "marker": "os"[cell.arm == "dpo"]}
-        axis = panels[cell.axes[0]]
-        axis.plot(expit([-beta * gap for gap in before]), expit(gaps), markersize=4, alpha=0.7, label=cell.arm, **style)
+        number = list(spec.arms).index(cell.arm)
+        style = look(number) | {"linestyle": "", "marker": "os"[number % 2], "markersize": 7 - 3 * number}
+        panels[cell.axes[0]].plot(strength, expit(gaps), label=cell.arm, markerfacecolor="none", **style)
     for beta, axis in panels.items():
-        axis.axvline(SHARE, color="0.6", linewidth=0.8, zorder=1.7)
+        axis.set_xscale("symlog", linthresh=1)
+        axis.axvline(math.log(SHARE / (1 - SHARE)), color="0.6", linewidth=0.8, zorder=1.7)
         axis.axhline(0.5, color="0.6", linewidth=0.8, zorder=1.7)
         axis.set_title(f"beta {beta:g}", fontsize=9, loc="left")
-        axis.set_xlabel(r"$\sigma(\beta\Delta)$", fontsize=9)
+        axis.set_xlabel(r"$\beta\Delta$", fontsize=9)
         axis.tick_params(labelsize=8)
-        axis.set_xlim(-0.03, 1.03)
     panels[betas[0]].set_ylabel(r"fitted $\pi(y_a)\,/\,(\pi(y_a)+\pi(y_b))$", fontsize=9)
-    panels[betas[0]].legend(frameon=False, fontsize=8, loc="center left")
+    panels[betas[0]].legend(frameon=False, fontsize=8, loc="lower left")
     (folder / "switch.png").write_bytes(png(figure))
     print(folder / "switch.png")
 

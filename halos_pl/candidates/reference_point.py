@@ -49,7 +49,7 @@ class CandidateKL(ReferencePoint):
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
         if not isinstance(rows, CandidateRows) or rows.prompt_kl is None:
             raise ValueError(
-                "CandidateKL is for policies over candidates (experiments/theory/candidates.py); for a language model"
+                "CandidateKL is for policies over candidates (policy: candidates in a study); for a language model"
                 " choose MismatchedKL, TokenKL or SampledKL"
             )
         return Estimate(rows.prompt_kl)

@@ -108,7 +108,7 @@ def _about(spec: Sweep, values: Values, record: Mapping[str, Any], of_cells: Map
     yield (
         f"- Trained on {training['preferences']} preferences about {training['prompts']} prompts"
         f" ({training['completions']} completions, {record['tokens']:g} tokens on average); each seed draws"
-        f" {spec.votes} of them. {training['parameters']} parameters, {spec.steps} steps of Adam on all of a seed's rows."
+        f" {spec.votes} of them. {training['parameters']} parameters, {spec.steps} steps of Adam on all rows of a seed."
     )
     tuned = (
         f"its mean {spec.tune} over {counted(record['tuning_prompts'], 'other held-out prompt')}"
@@ -120,7 +120,7 @@ def _about(spec: Sweep, values: Values, record: Mapping[str, Any], of_cells: Map
         f" {'are' if spec.tune_seeds > 1 else 'is'} not reported."
     )
     where = "prompts of training" if spec.measure_on == "training_prompts" else "held-out prompts"
-    yield f"- Measured on {len(record['prompts'])} {where}, each of the same weight, with {seeds} of {spec.seeds} seeds."
+    yield f"- Measured on {len(record['prompts'])} {where} of equal weight, with {seeds} of {spec.seeds} seeds."
     yield f"- {spec.primary}: {METRICS[spec.primary]}."
     if spent := [(n, s) for rounds in values.of_prompts().values() for n, s, _ in rounds.values()]:
         each = 1000 * sum(s for _, s in spent) / sum(n for n, _ in spent)

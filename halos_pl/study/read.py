@@ -83,8 +83,8 @@ def sweep_file(path: str | Path) -> Path | None:
         return None
     if policy != CANDIDATES:
         raise StudyError(
-            f"{file}:{lines[POLICY,]}: {POLICY} is {policy!r}; it can only be {CANDIDATES}; a study that trains language"
-            " models leaves it out"
+            f"{file}:{lines[POLICY,]}: {POLICY} is {policy!r}; it can only be {CANDIDATES}; leave it out in a study"
+            " that trains language models"
         )
     return file
 
