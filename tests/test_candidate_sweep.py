@@ -5,16 +5,20 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from scipy import stats
 
-from halos_pl.candidates.measure import features_of
+from halos_pl.candidates.differences import differences
+from halos_pl.candidates.measure import METRICS, features_of
 from halos_pl.candidates.read import Preferences, read_preferences
 from halos_pl.candidates.spec import load_sweep
+from halos_pl.candidates.values import Values
 from halos_pl.cli.ablate import ablate, report, status
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.study.spec import StudyError
@@ -44,13 +48,12 @@ def write(path: Path, lines: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-@pytest.fixture
-def study(tmp_path: Path, tiny_folder: Path) -> dict[str, Any]:
+def study_in(folder: Path, model: Path) -> dict[str, Any]:
     return {
         "policy": "candidates",
-        "train": [write(tmp_path / "train.jsonl", rows(0, 12))],
-        "held_out": [write(tmp_path / "held_out.jsonl", rows(100, 8))],
-        "model": {"path": str(tiny_folder)},
+        "train": [write(folder / "train.jsonl", rows(0, 12))],
+        "held_out": [write(folder / "held_out.jsonl", rows(100, 8))],
+        "model": {"path": str(model)},
         "reference": False,
         "votes": 8,
         "seeds": 3,
@@ -65,6 +68,24 @@ def study(tmp_path: Path, tiny_folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def study(tmp_path: Path, tiny_folder: Path) -> dict[str, Any]:
+    return study_in(tmp_path, tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """The folder of a finished sweep over the fixture ``study``; tests change only copies."""
+    folder = tmp_path_factory.mktemp("swept")
+    return run(study_in(folder, tiny_folder), folder)
+
+
+@pytest.fixture
+def out(swept: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, which a sweep over ``study`` in ``tmp_path`` continues."""
+    return Path(shutil.copytree(swept, tmp_path / "out"))
+
+
 def run(study: dict[str, Any], folder: Path) -> Path:
     """The folder of the sweep."""
     ablate(str(saved(study, folder)), out=str(folder / "out"))
@@ -75,8 +96,7 @@ def table(out: Path, name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(gzip.open(out / f"{name}.csv.gz", "rt")))
 
 
-def test_a_sweep_measures_each_cell_at_its_best_rate(study, tmp_path):
-    out = run(study, tmp_path)
+def test_a_sweep_measures_each_cell_at_its_best_rate(out):
     values, rates, prompts = (table(out, name) for name in ("values", "rates", "prompts"))
     assert (len(values), len(rates), len(prompts)) == (8 * 3, 8 * 2, 8 * 2)  # rounds of 2 seeds and 1
     assert {line["value_function.init_args.beta"] for line in values} == {"0.5", "1.0"}
@@ -94,8 +114,7 @@ def test_a_sweep_measures_each_cell_at_its_best_rate(study, tmp_path):
         assert sum(sums) / len(prompts[0]["means"].split()) == pytest.approx(sum(mine), abs=1e-3)
 
 
-def test_an_interrupted_sweep_resumes_to_the_same_values(study, tmp_path):
-    out = run(study, tmp_path)
+def test_an_interrupted_sweep_resumes_to_the_same_values(study, out, tmp_path):
     whole = {name: sorted(map(str, table(out, name))) for name in ("values", "rates")}
     packed = (out / "values.csv.gz").read_bytes()
     (out / "values.csv.gz").write_bytes(packed[: len(packed) * 2 // 3])  # in the middle of a piece
@@ -103,8 +122,7 @@ def test_an_interrupted_sweep_resumes_to_the_same_values(study, tmp_path):
     assert {name: sorted(map(str, table(out, name))) for name in whole} == whole
 
 
-def test_more_seeds_keep_those_that_are_done(study, tmp_path):
-    out = run(study, tmp_path)
+def test_more_seeds_keep_those_that_are_done(study, out, tmp_path):
     before = table(out, "values")
     after = table(run(study | {"seeds": 4}, tmp_path), "values")
     assert after[: len(before)] == before
@@ -112,12 +130,9 @@ def test_more_seeds_keep_those_that_are_done(study, tmp_path):
     assert len(seeds) == 8 * 4
 
 
-def test_report_and_status_need_only_the_folder(study, tmp_path, capsys):
-    out = run(study, tmp_path)
+def test_report_and_status_need_only_the_folder(out, capsys):
     text = (out / "report.md").read_text()
     (out / "report.md").unlink()
-    for name in ("train", "held_out"):
-        (tmp_path / f"{name}.jsonl").unlink()
     report(str(out))
     assert (out / "report.md").read_text() == text
     (out / "values.csv.gz").unlink()
@@ -131,8 +146,7 @@ def test_report_and_status_need_only_the_folder(study, tmp_path, capsys):
     ("change", "fault"),
     [({"steps": 11}, "steps 10, not 11"), ({"train": ["other"]}, "other data"), ({"noise": [0.0]}, "noise")],
 )
-def test_values_of_other_settings_or_data_are_refused(study, change, fault, tmp_path):
-    out = run(study, tmp_path)
+def test_values_of_other_settings_or_data_are_refused(study, out, change, fault, tmp_path):
     packed = (out / "values.csv.gz").read_bytes()
     if "train" in change:
         change = {"train": [write(tmp_path / "other.jsonl", rows(0, 11))]}
@@ -156,7 +170,7 @@ def test_states_are_means_over_a_completion_and_come_with_log_probs(tmp_path, ti
     read = read_preferences([path], spec, reference=True, states=True)
     plain = read_preferences([path], spec, reference=True)
     assert read.reference_logps == pytest.approx(plain.reference_logps, abs=1e-3)
-    model, tokenizer = load_model(spec).eval(), load_tokenizer(spec)
+    model, tokenizer = load_model(spec).eval().requires_grad_(False), load_tokenizer(spec)
     for row, text in enumerate(read.texts):
         question = tokenizer(f"question {read.prompt[row]}?", add_special_tokens=True)["input_ids"]
         found = [
@@ -228,7 +242,7 @@ def test_free_logits_are_reported_on_the_prompts_of_training(study, tmp_path):
         },
     }
     values = table(run(study, tmp_path), "values")
-    assert [line["follows"] for line in values] == ["1.0"] * 4  # both follow a majority that pi_ref does not oppose
+    assert [line["follows"] for line in values] == ["1"] * 4  # both follow a majority that pi_ref does not oppose
 
 
 @pytest.mark.parametrize(
@@ -291,3 +305,36 @@ def test_balance_gives_both_classes_the_same_weight(study, tmp_path):
             feedback = objective.feedback
             n_d = round(cell.desirable * spec.votes)
             assert feedback.lambda_desirable * n_d == feedback.lambda_undesirable * spec.votes
+
+
+def test_a_difference_over_prompts_alone_is_a_paired_t_test(study, tmp_path):
+    """Seeds that agree add no error; rounds weigh by their seeds."""
+    study |= {"axes": {}, "noise": [0.0], "baseline": "dpo"}
+    spec, _ = load_sweep(saved(study, tmp_path))
+    values = Values(spec, tmp_path)
+    of_prompts = {"kto": [0.9, 0.5, 0.8, 0.7], "dpo": [0.4, 0.5, 0.6, 0.6]}
+    for cell in spec.cells:
+        mean = [sum(of_prompts[cell.arm]) / 4] * len(METRICS)
+        for seeds, shift in ((range(0, 2), 0.1), (range(2, 3), -0.2)):
+            means = [each + shift for each in of_prompts[cell.arm]]
+            values.add_seeds(cell, seeds, [[*mean, 0.1]] * len(seeds), means, 1.0)
+    (difference,) = differences(values).values()
+    assert difference.effect == pytest.approx(0.2)
+    assert difference.seeds == 0
+    assert difference.p == pytest.approx(stats.ttest_rel(of_prompts["kto"], of_prompts["dpo"]).pvalue)
+    low, high = stats.ttest_rel(of_prompts["kto"], of_prompts["dpo"]).confidence_interval()
+    assert (difference.effect - difference.reach, difference.effect + difference.reach) == pytest.approx((low, high))
+
+
+def test_errors_over_seeds_and_prompts_add_up(study, tmp_path):
+    study |= {"axes": {}, "noise": [0.0], "baseline": "dpo", "seeds": 4, "seeds_per_round": 4}
+    spec, _ = load_sweep(saved(study, tmp_path))
+    values = Values(spec, tmp_path)
+    of_seeds = {"kto": [0.5, 0.7, 0.6, 0.8], "dpo": [0.5, 0.4, 0.6, 0.5]}
+    for cell in spec.cells:
+        lines = [[mean] * (1 + len(METRICS)) for mean in of_seeds[cell.arm]]
+        values.add_seeds(cell, range(4), lines, [0.5, 0.9] if cell.arm == "kto" else [0.4, 0.6], 1.0)
+    (difference,) = differences(values).values()
+    assert difference.seeds == pytest.approx(stats.sem([0.0, 0.3, 0.0, 0.3]))
+    assert difference.prompts == pytest.approx(stats.sem([0.1, 0.3]))
+    assert difference.error**2 == pytest.approx(difference.seeds**2 + difference.prompts**2)

@@ -208,6 +208,15 @@ def test_free_logits_reach_the_optima_of_theorem_4_3(agree, rare):
     assert theory.optimum(theory.kto(beta), reference, agree, people) > 0.99
 
 
+@pytest.mark.parametrize("before", [-9.0, -1.0, 0.5])
+def test_the_predicted_gap_is_dpos_optimum(before):
+    """Against bisection of the slope of the package's own DPO."""
+    theory, beta = script("contradictory_preferences"), 0.5
+    reference = torch.tensor([0.0, -before], dtype=torch.float64).log_softmax(0)
+    share = theory.optimum(theory.dpo(beta), reference, 2, 3)
+    assert script("theorem_4_3").optimum(before, beta) == pytest.approx(math.log(share / (1 - share)), abs=1e-3)
+
+
 # -- Votes ------------------------------------------------------------------------------------------------
 
 

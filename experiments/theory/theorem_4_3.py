@@ -3,8 +3,8 @@
     python experiments/theory/theorem_4_3.py runs/theorem_4_3
 
 The KTO paper's Theorem 4.3 (arXiv v4): two of three annotators prefer y_a, one y_b. With Delta = log pi_ref(y_b) -
-log pi_ref(y_a), DPO's optimal policy prefers y_b where 2/3 < sigma(beta Delta), that is beta Delta > log 2; loss-neutral KTO's prefers y_a. Prints
-the counts, and writes switch.png to the folder.
+log pi_ref(y_a), DPO's optimal policy prefers y_b where 2/3 < sigma(beta Delta), that is beta Delta > log 2;
+loss-neutral KTO's prefers y_a. Prints the counts, and writes switch.png to the folder.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def main() -> None:
         panels[cell.axes[0]].plot(strength, expit(gaps), label=cell.arm, markerfacecolor="none", **style)
     for beta, axis in panels.items():
         axis.set_xscale("symlog", linthresh=1)
+        axis.set_xticks([-10, 0, 1, 10, 100], ["-10", "0", "1", "10", "100"])
+        axis.minorticks_off()
         axis.axvline(math.log(SHARE / (1 - SHARE)), color="0.6", linewidth=0.8, zorder=1.7)
         axis.axhline(0.5, color="0.6", linewidth=0.8, zorder=1.7)
         axis.set_title(f"beta {beta:g}", fontsize=9, loc="left")
