@@ -81,10 +81,12 @@ def lines(sweep: Sweep, found: Mapping[Cell, Mean]) -> Figure | None:
         axis.set_title(name, fontsize=9, loc="left")
         axis.tick_params(labelsize=8)
         axis.grid(color="0.92")
-        axis.set_xticks(sweep.noise, [f"{noise:.0%}" for noise in sweep.noise])
+        axis.set_xticks(sweep.noise, [f"{noise:.0%}" for noise in sweep.noise], fontsize=7)
         if axis.get_subplotspec().is_first_col():
             axis.set_ylabel(sweep.primary, fontsize=9)
         if axis.get_subplotspec().is_last_row():
             axis.set_xlabel("preferences turned round", fontsize=9)
-    figure.legend(handles.values(), map(label, handles), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    names = [*map(label, handles)]
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": 3, "frameon": False, "fontsize": 9}
+    figure.legend([*handles.values()], names, title="bars: standard deviation over seeds", title_fontsize=8, **place)
     return figure

@@ -124,7 +124,7 @@ def _about(spec: Sweep, values: Values, record: Mapping[str, Any], of_cells: Map
     yield f"- {spec.primary}: {METRICS[spec.primary]}."
     if spent := [(n, s) for rounds in values.of_prompts().values() for n, s, _ in rounds.values()]:
         each = 1000 * sum(s for _, s in spent) / sum(n for n, _ in spent)
-        yield f"- {sum(n for n, _ in spent)} fits at the chosen rates took {each:.1f} ms each on average."
+        yield f"- {sum(n for n, _ in spent)} fits at the chosen rates took {each:.1f} ms of wall time each on average."
     made = f"{record['machine']}, {counted(record['threads'], 'thread')}, torch {record['versions']['torch']}"
     yield f"- {record['date']}; {made}; halos_pl {record['halos_pl']}."
     yield ""
