@@ -11,6 +11,7 @@ from statsmodels.stats.multitest import multipletests
 
 from halos_pl.candidates.spec import Cell, Sweep
 from halos_pl.candidates.values import Values
+from halos_pl.study.standard_error import Floats
 
 LEVEL = 0.05
 
@@ -90,18 +91,33 @@ def differences(values: Values) -> dict[Cell, Difference]:
             continue
         of_seeds = [by_seed[cell][s][sweep.primary] - by_seed[other][s][sweep.primary] for s in shared]
         of_prompts = _pooled(by_prompt[cell], rounds) - _pooled(by_prompt[other], rounds)
-        n, m = len(of_seeds), len(of_prompts)
-        found[cell] = Difference(
-            effect=float(np.mean(of_seeds)),
-            seeds=float(np.std(of_seeds, ddof=1) / np.sqrt(n)) if n > 1 else 0.0,
-            prompts=float(np.std(of_prompts, ddof=1) / np.sqrt(m)),
-            df=m - 1,
-            p=1.0,
-        )
+        found[cell] = _difference(of_seeds, of_prompts)
     return _corrected(sweep, found)
 
 
-def _pooled(rounds: Mapping[int, tuple[int, float, Sequence[float]]], kept: Sequence[int]) -> np.ndarray:
+def over_chance(values: Values) -> dict[Cell, Difference]:
+    """The primary metric minus 1/2 where the least is turned round and the most is kept; p is not given."""
+    sweep, by_seed, by_prompt = values.sweep, values.seeds(), values.of_prompts()
+    found = {}
+    for cell, rounds in by_prompt.items():
+        if rounds and by_seed[cell] and (cell.noise, cell.desirable) == (sweep.noise[0], sweep.desirable[-1]):
+            seeds = [line[sweep.primary] - 0.5 for line in by_seed[cell].values()]
+            found[cell] = _difference(seeds, _pooled(rounds, sorted(rounds)) - 0.5)
+    return found
+
+
+def _difference(of_seeds: Sequence[float], of_prompts: Floats) -> Difference:
+    n, m = len(of_seeds), len(of_prompts)
+    return Difference(
+        effect=float(np.mean(of_seeds)),
+        seeds=float(np.std(of_seeds, ddof=1) / np.sqrt(n)) if n > 1 else 0.0,
+        prompts=float(np.std(of_prompts, ddof=1) / np.sqrt(m)),
+        df=m - 1,
+        p=1.0,
+    )
+
+
+def _pooled(rounds: Mapping[int, tuple[int, float, Sequence[float]]], kept: Sequence[int]) -> Floats:
     """The mean of each prompt over the seeds of all rounds."""
     weights = [rounds[first][0] for first in kept]
     return np.average([rounds[first][2] for first in kept], axis=0, weights=weights)

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from halos_pl.candidates.differences import Difference, Mean, differences, means
+from halos_pl.candidates.differences import Difference, Mean, differences, means, over_chance
 from halos_pl.candidates.figures import axes_name, heat_map, lines
 from halos_pl.candidates.measure import METRICS
 from halos_pl.candidates.spec import Cell, Sweep, load_sweep
@@ -76,6 +76,7 @@ def _text(
 ) -> Iterator[str]:
     yield f"# {spec.note or 'Policies over candidates'}"
     yield ""
+    yield from _control(spec, values)
     yield _first_line(spec, found)
     yield ""
     for name in drawn:
@@ -84,6 +85,21 @@ def _text(
     yield ""
     yield from _cells(spec, values, of_cells, found)
     yield from _others(spec, values)
+
+
+def _control(spec: Sweep, values: Values) -> Iterator[str]:
+    """Whether anything was learned where that is easiest."""
+    if spec.primary not in ("accuracy", "follows", "chosen"):
+        return
+    above = over_chance(values)
+    best = max(above, key=lambda cell: above[cell].effect - above[cell].reach, default=None)
+    if best is None:
+        return
+    each = above[best]
+    interval = f"[{0.5 + each.effect - each.reach:.3f}, {0.5 + each.effect + each.reach:.3f}]"
+    text = f"{best.arm} has {0.5 + each.effect:.3f} {interval} with the cleanest preferences; chance is 0.5."
+    yield f"Positive control: {text}" if each.effect > each.reach else f"**No positive control**: {text} Claim nothing."
+    yield ""
 
 
 def _first_line(spec: Sweep, found: Mapping[Cell, Difference]) -> str:
