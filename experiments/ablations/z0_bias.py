@@ -1,20 +1,22 @@
-"""Bias, spread, clamp rate and cost of KTO's estimate of z0 by batch size, at checkpoints of runs.
+"""KTO's estimate of z0 and the divergence that it stands for, at checkpoints of a study's runs.
 
-    python experiments/ablations/z0_bias.py RUN ... --data FILE ... [--checkpoints start last] [--sizes 4 8 16 32 64]
-        [--batches 32] [--samples 128] [--out runs/z0_bias.csv]
+    python experiments/ablations/z0_bias.py STUDY/ARM/seed-N ... [--steps 0 16 64] [--blocks 32] [--samples 32]
+        [--max_new_tokens 48] [--out runs/z0_bias.csv]
 
-For each run, checkpoint and data set, KTO's estimate is computed on batches of each size, those that ``halos fit``
-would draw from the data: shuffled, each row with a completion of another prompt, over as many epochs as it takes. It is
-compared with KL(policy || reference) of answers sampled from the policy to prompts of the same data: exact at each
-token, cut off after ``--max_new_tokens``. The reference is the policy before training.
+For each run and step, KTO's estimate is computed on blocks of 4 rows: batches of 4 that ``halos fit`` would draw from
+the run's own data with its seed, each row with a completion of another prompt. ``z0_summary.py`` composes larger
+batches of these blocks, so all batch sizes share the passes. The divergence KL(policy || reference) is that of answers
+sampled from the policy to prompts of the same data: exact at each token, cut off after ``--max_new_tokens``. The
+reference is the policy before training; its log-probs of the blocks come from the reference store, so that the runs
+share them.
 
-``--checkpoints`` names ``start`` (before training), ``last``, or files in the run's folder ``checkpoints``. To keep
-some, train with ``--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint
---trainer.callbacks.every_n_train_steps=16 --trainer.callbacks.save_top_k=-1``.
+Step 0 is before training. For the others, ``checkpoints`` in the run's folder has a file that ends in ``step=N.ckpt``;
+the study ``ablations/z0`` keeps them.
 
-The CSV has a line for each batch, with the estimate before the clamp, and is written line by line: the same command
-resumes it, and larger numbers of batches or samples add to it. The summary of all its lines is printed; without RUN,
-nothing else is done.
+The CSV has a line for each block and each batch of answers, with the mean before any clamp, and is written line by
+line: the same command resumes it, and more blocks, samples, steps or runs add to it. Seconds are of the CPU, all
+threads together, so other processes do not count: for a block, of the policy's pass; for answers, of generation and
+comparison.
 """
 
 from __future__ import annotations
@@ -25,11 +27,10 @@ import hashlib
 import json
 import math
 import os
-import statistics
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import count
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser
 from z0_estimators import sampled_rows
 
 from halos_pl.batch import Needs, TokenBatch
@@ -48,13 +50,16 @@ from halos_pl.objective.reference_points import MismatchedKL
 from halos_pl.objective.rewards import LogRatio
 from halos_pl.policy.kl import completion_kl
 from halos_pl.run_dir import CONFIG
-from halos_pl.training.checkpoint_reading import step_of
 from halos_pl.training.named_model import NamedModel, named_model
 from halos_pl.training.scored_rows import scored_rows
 
 MISMATCHED, SAMPLES = "mismatched", "samples"
+#: Rows of a block, the smallest batch.
+BLOCK = 4
 #: Prompts that are answered at a time for the KL divergence.
-ANSWERED = 8
+ANSWERED = 16
+#: Settings of the data that do not decide its rows, or are set or hashed here.
+ELSEWHERE = {"train", "validation", "test", "predict", "batch_size", "eval_batch_size", "num_workers", "cache_dir"}
 
 
 @dataclass(frozen=True)
@@ -62,19 +67,19 @@ class Group:
     """What is measured on batches of one kind.
 
     Attributes:
-        run: The run's folder.
+        data: The files of the run's training data.
+        arm: The run's arm: the folder above it.
+        seed: The run's seed.
         step: Optimizer steps before the checkpoint.
-        data: The data's file.
         estimator: ``mismatched``, KTO's estimate, or ``samples``, the KL divergence of sampled answers.
-        size: Rows of a batch.
         settings: Hash of the weights, the data and all other settings that the values depend on.
     """
 
-    run: str
-    step: int
     data: str
+    arm: str
+    seed: int
+    step: int
     estimator: str
-    size: int
     settings: str
 
 
@@ -83,9 +88,9 @@ class Line(Group):
     """A line of the CSV.
 
     Attributes:
-        batch: Number of the batch, from 0.
-        nats: The estimate, before any clamp.
-        seconds: What it took, beyond making the batch.
+        batch: Number of the block or of the batch of answers, from 0.
+        nats: Its mean, before any clamp.
+        seconds: CPU time that it took, beyond making the batch.
     """
 
     batch: int
@@ -97,36 +102,45 @@ class Line(Group):
         return Group(**{field.name: getattr(self, field.name) for field in fields(Group)})
 
 
-class Table:
-    """The CSV.
+def lines_of(text: str) -> list[Line]:
+    """The lines of a CSV.
 
     Raises:
-        ValueError: if the file is another kind of file.
+        ValueError: if it is another kind of file, or a batch has two lines.
+    """
+    rows = list(csv.DictReader(text.splitlines()))
+    if text.partition("\n")[0] != HEADER:
+        raise ValueError(f"is not a table of z0_bias.py: its first line is not {HEADER}")
+    kinds: dict[str, Any] = {"seed": int, "step": int, "batch": int, "nats": float, "seconds": float}
+    lines = [Line(**{name: kinds.get(name, str)(value) for name, value in row.items()}) for row in rows]
+    if len({(line.group, line.batch) for line in lines}) < len(lines):
+        raise ValueError("has batches that were measured twice, as by two processes at a time")
+    return lines
+
+
+HEADER = ",".join(field.name for field in fields(Line))
+
+
+class Table:
+    """The CSV that is written.
+
+    Raises:
+        ValueError: if the file is another kind of file, or has a batch twice.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lines: list[Line] = []
-        names = [field.name for field in fields(Line)]
-        header = ",".join(names)
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        first = text.partition("\n")[0]
-        if first != header and not (first == text and header.startswith(text)):
-            raise ValueError(
-                f"{path} is not a table of this script: its first line is not {header}; name another --out"
-            )
+        whole = text[: text.rfind("\n") + 1]  # a killed process may leave a part of a line
+        if not whole and HEADER.startswith(text):
+            whole = f"{HEADER}\n"
+        try:
+            self.lines = lines_of(whole or text)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}; name another --out") from error
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = text[: text.rfind("\n") + 1] or f"{header}\n"  # a killed process may leave a part of a line
         if whole != text:
             path.write_text(whole, encoding="utf-8")
-        reader = csv.DictReader(whole.splitlines())
-        kinds = {"step": int, "size": int, "batch": int, "nats": float, "seconds": float}
-        for row in reader:
-            values: dict[str, Any] = {name: kinds.get(name, str)(value) for name, value in row.items()}
-            self.lines.append(Line(**values))
-        once = {(line.group, line.batch) for line in self.lines}
-        if len(once) < len(self.lines):
-            raise ValueError(f"{path}: batches were measured twice, as by two processes at a time; name another --out")
 
     def missing(self, group: Group, batches: int) -> list[int]:
         """The batches of a group that are not in the file.
@@ -139,8 +153,8 @@ class Table:
         ]
         if any(line.settings != group.settings for line in mine):
             raise ValueError(
-                f"{self.path}: {group.run}, step {group.step}, {group.data}: measured before with other weights, data"
-                " or settings; name another --out"
+                f"{self.path}: {group.data}, {group.arm}, seed {group.seed}, step {group.step}: measured before with"
+                " other weights, data or settings; name another --out"
             )
         done = {line.batch for line in mine}
         return [batch for batch in range(batches) if batch not in done]
@@ -152,204 +166,122 @@ class Table:
 
 
 class Checkpoint:
-    """A run at one of its checkpoints.
+    """A run after some steps.
 
     Args:
         run: the run's folder.
-        name: ``start``, ``last``, or a file in its folder ``checkpoints``.
+        step: optimizer steps; 0 for before training.
+
+    Raises:
+        ValueError: if it is no run, or has no checkpoint of that step, or several.
     """
 
-    def __init__(self, run: str, name: str) -> None:
-        self.run, self.trained = run, name != "start"
-        path = None if name in ("start", "last") else str(Path(run) / "checkpoints" / name)
-        self.named: NamedModel = named_model(run, path)
+    def __init__(self, run: str, step: int) -> None:
+        self.run, self.step = run, step
+        found = [str(path) for path in Path(run, "checkpoints").glob(f"*step={step}.ckpt")] if step else []
+        self.named: NamedModel = named_model(run, found[0] if found else None)
         if self.named.ckpt_path is None:
             raise ValueError(f"{run} is a model, not the folder of a run; name a run")
-        self.path = self.named.ckpt_path
-        self.step = step_of(Path(self.path)) if self.trained else 0
-        self.max_length: int = read_yaml(Path(run) / CONFIG)[0]["data"]["max_length"]
+        if step and len(found) != 1:
+            raise ValueError(f"{run}/checkpoints has {len(found)} files *step={step}.ckpt; it must have one")
+        config = read_yaml(Path(run) / CONFIG)[0]
+        self.seed: int = config["seed_everything"]
+        self.settings: dict[str, Any] = config["data"]
 
     @cached_property
     def digest(self) -> str:
         """A hash of the weights and of what they were trained from."""
-        return digest_of(self.path) if self.trained else hashlib.sha256(repr(self.named.spec).encode()).hexdigest()
+        of_start = hashlib.sha256(repr(self.named.spec).encode()).hexdigest()
+        return digest_of(self.named.ckpt_path) if self.step and self.named.ckpt_path else of_start
 
     @cached_property
     def model(self) -> Evaluation:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return prepared(self.named, trained=self.trained).to(device).eval()
+        return prepared(self.named, trained=self.step > 0, stored=True).to(device).eval()
+
+    def data(self, size: int) -> FeedbackDataModule:
+        """The run's data as single rows, ready to draw batches of this size."""
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(FeedbackDataModule, "data")
+        seed = self.seed if self.settings["seed"] is None else self.settings["seed"]
+        settings = {**deepcopy(self.settings), "batch_size": size, "drop_last": True, "seed": seed}
+        data: FeedbackDataModule = parser.instantiate_classes(parser.parse_object({"data": settings})).data
+        data.connect(tokenizer=self.named.tokenizer, needs=Needs(mismatched=True, reference=True, undesirable=True))
+        data.setup("fit")
+        return data
 
 
-class Batches:
-    """Batches of one size of a data set, the same in every process.
-
-    Args:
-        checkpoint: the run, for its tokenizer and its treatment of text.
-        source: the data's file.
-        size: rows of a batch.
-        seed: seed of the order and of the mismatches.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, source: str, size: int, seed: int) -> None:
-        self.data = FeedbackDataModule(
-            train=source,
-            batch_size=size,
-            max_length=checkpoint.max_length,
-            drop_last=True,
-            seed=seed,
-            **checkpoint.named.text,
-        )
-        self.data.connect(
-            tokenizer=checkpoint.named.tokenizer, needs=Needs(mismatched=True, reference=True, undesirable=True)
-        )
-        self.data.setup("fit")
-
-    def __call__(self, wanted: Sequence[int]) -> Iterator[tuple[int, TokenBatch]]:
-        """The batches with these numbers, in ascending order."""
-        left, number = set(wanted), 0
-        for epoch in count():
-            self.data.resume_at(epoch, 0)
-            for batch in self.data.train_dataloader():
-                if not left:
-                    return
-                if number in left:
-                    left.remove(number)
-                    yield number, batch
-                number += 1
+def batches(data: FeedbackDataModule, wanted: Sequence[int]) -> Iterator[tuple[int, TokenBatch]]:
+    """The training batches with these numbers, in ascending order, over as many epochs as it takes."""
+    left, number = set(wanted), 0
+    for epoch in count():
+        data.resume_at(epoch, 0)
+        for batch in data.train_dataloader():
+            if not left:
+                return
+            if number in left:
+                left.remove(number)
+                yield number, batch
+            number += 1
 
 
-def estimate(model: Evaluation, batch: TokenBatch) -> float:
-    """KTO's estimate of a batch before its clamp, nats."""
-    rows = scored_rows(model.scorer, model.reference, batch.select(batch.labels.mismatched_index))  # type: ignore[arg-type]
-    return float(MismatchedKL(clamp=False)(LogRatio()(rows), rows).value)
-
-
-def divergence(model: Evaluation, batch: TokenBatch, max_new_tokens: int) -> float:
-    """Mean KL(policy || reference) of answers sampled to a batch's prompts, nats."""
+def estimate(model: Evaluation, batch: TokenBatch) -> tuple[float, float]:
+    """KTO's estimate of a batch before its clamp, nats, and the CPU seconds of the policy's pass."""
     assert model.reference is not None
+    rows = batch.select(batch.labels.mismatched_index)
+    reference_logps = model.reference.logps(rows)  # type: ignore[attr-defined]
+    start = time.process_time()
+    scored = scored_rows(model.scorer, None, rows, reference_logps=reference_logps)
+    nats = float(MismatchedKL(clamp=False)(LogRatio()(scored), scored).value)
+    return nats, time.process_time() - start
+
+
+def divergence(model: Evaluation, batch: TokenBatch, max_new_tokens: int) -> tuple[float, float]:
+    """Mean KL(policy || reference) of answers sampled to a batch's prompts, nats, and its CPU seconds."""
+    assert model.reference is not None
+    start = time.process_time()
     sampled = sampled_rows(model.scorer, model.tokenizer, batch, max_new_tokens)
-    return float(completion_kl(model.scorer, model.reference, sampled).sum(dim=1).mean())
+    nats = float(completion_kl(model.scorer, model.reference, sampled).sum(dim=1).mean())
+    return nats, time.process_time() - start
 
 
 @torch.no_grad()
-def measure(table: Table, checkpoint: Checkpoint, source: str, args: argparse.Namespace) -> None:
-    """Adds what is missing of a checkpoint and a data set."""
-    kinds = [(SAMPLES, ANSWERED, math.ceil(args.samples / ANSWERED))]
-    kinds += [(MISMATCHED, size, args.batches) for size in args.sizes]
+def measure(table: Table, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """Adds what is missing of a checkpoint."""
+    kinds = ((SAMPLES, ANSWERED, math.ceil(args.samples / ANSWERED)), (MISMATCHED, BLOCK, args.blocks))
     for estimator, size, number in kinds:
-        batches = Batches(checkpoint, source, size, args.seed)
-        settings = [checkpoint.digest, *batches.data.digests("train").values(), checkpoint.max_length, args.seed]
-        settings += [checkpoint.named.text, args.max_new_tokens if estimator == SAMPLES else None]
-        digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
-        group = Group(checkpoint.run, checkpoint.step, source, estimator, size, digest)
+        data = checkpoint.data(size)
+        deciding = {name: value for name, value in checkpoint.settings.items() if name not in ELSEWHERE}
+        settings = [checkpoint.digest, list(data.digests("train").values()), deciding, size]
+        settings += [args.max_new_tokens if estimator == SAMPLES else None]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        files = ", ".join(Path(source.path).name for source in data.sources["train"])
+        arm = Path(checkpoint.run).resolve().parent.name
+        group = Group(files, arm, checkpoint.seed, checkpoint.step, estimator, digest)
         missing = table.missing(group, number)
         if not missing:
             continue
-        print(f"{group.run}, step {group.step}, {source}: {len(missing)} batches of {size}, {estimator}", flush=True)
+        print(f"{checkpoint.run}, step {group.step}: {len(missing)} batches of {size}, {estimator}", flush=True)
         model = checkpoint.model
-        for place, cpu_batch in batches(missing):
+        for place, cpu_batch in batches(data, missing):
             batch = cpu_batch.to(model.device)
             with torch.random.fork_rng():
-                torch.manual_seed(args.seed * 1_000_003 + place)
-                start = time.perf_counter()
+                torch.manual_seed(checkpoint.seed * 1_000_003 + place)
                 sampled = args.max_new_tokens if estimator == SAMPLES else None
-                nats = estimate(model, batch) if sampled is None else divergence(model, batch, sampled)
-                seconds = time.perf_counter() - start
+                nats, seconds = estimate(model, batch) if sampled is None else divergence(model, batch, sampled)
             if not math.isfinite(nats):
-                raise ValueError(f"{checkpoint.path}: {source}, batch {place}: {nats} nats; the policy has diverged")
+                path = checkpoint.named.ckpt_path
+                raise ValueError(f"{path}: batch {place} has {nats} nats; the policy has diverged")
             table.add(Line(**asdict(group), batch=place, nats=nats, seconds=seconds))
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """A mean and its standard error, NaN for a single value."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.mean(values), error
-
-
-@dataclass(frozen=True)
-class Summary:
-    """KTO's estimate on batches of one size; nats and seconds.
-
-    Attributes:
-        mean, error: Mean over batches before the clamp, an estimate of E_q[r], and its standard error.
-        spread: Standard deviation over batches, before the clamp.
-        clamped: Share of batches with a negative estimate.
-        used: Mean of max(0, estimate), which training uses.
-        surplus: ``used`` - max(0, ``mean``): the upward bias that the clamp adds to batches.
-        divergence: KL(policy || reference) of sampled answers; NaN if there are none.
-        bias, bias_error: ``used`` - ``divergence``, and its standard error.
-        seconds: Median cost.
-    """
-
-    batches: int
-    mean: float
-    error: float
-    spread: float
-    clamped: float
-    used: float
-    surplus: float
-    divergence: float
-    bias: float
-    bias_error: float
-    seconds: float
-
-    @classmethod
-    def of(cls, lines: Sequence[Line], sampled: Sequence[Line]) -> Summary:
-        nats = [line.nats for line in lines]
-        mean, error = mean_and_error(nats)
-        used, of_used = mean_and_error([max(0.0, each) for each in nats])
-        truth, of_truth = mean_and_error([line.nats for line in sampled]) if sampled else (math.nan, math.nan)
-        return cls(
-            batches=len(lines),
-            mean=mean,
-            error=error,
-            spread=error * math.sqrt(len(nats)),
-            clamped=sum(each < 0 for each in nats) / len(nats),
-            used=used,
-            surplus=used - max(0.0, mean),
-            divergence=truth,
-            bias=used - truth,
-            bias_error=math.hypot(of_used, of_truth),
-            seconds=statistics.median(line.seconds for line in lines),
-        )
-
-
-def summaries(lines: Iterable[Line]) -> dict[Group, Summary]:
-    """The summary of each group of KTO's estimates, in the order of the file."""
-    groups: dict[Group, list[Line]] = defaultdict(list)
-    for line in lines:
-        groups[line.group].append(line)
-    found = {}
-    for group, mine in groups.items():
-        if group.estimator == MISMATCHED:
-            place = (group.run, group.step, group.data)
-            sampled = [g for g in groups if g.estimator == SAMPLES and (g.run, g.step, g.data) == place]
-            found[group] = Summary.of(mine, [line for g in sampled for line in groups[g]])
-    return found
-
-
-def markdown(lines: Iterable[Line]) -> Iterator[str]:
-    heads = "run | step | data | rows | batches | mean before the clamp | SD | clamped | mean used | surplus | KL"
-    yield f"| {heads} | bias (95%) | cost, s |"
-    yield f"|{'---|' * (heads.count('|') + 3)}"
-    for group, s in summaries(lines).items():
-        yield (
-            f"| {group.run} | {group.step} | {group.data} | {group.size} | {s.batches}"
-            f" | {s.mean:.3f} ± {1.96 * s.error:.3f} | {s.spread:.3f} | {s.clamped:.2f} | {s.used:.3f}"
-            f" | {s.surplus:.3f} | {s.divergence:.3f} | {s.bias:+.3f} ± {1.96 * s.bias_error:.3f} | {s.seconds:.2f} |"
-        )
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs")
-    made.add_argument("--data", nargs="+", default=[], help="files with feedback")
-    made.add_argument("--checkpoints", nargs="+", default=["start", "last"])
-    made.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="rows of a batch")
-    made.add_argument("--batches", type=int, default=32, help="batches of each size")
-    made.add_argument("--samples", type=int, default=128, help="sampled answers, in batches of 8")
+    made.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    made.add_argument("--steps", type=int, nargs="+", default=[0, 16, 64])
+    made.add_argument("--blocks", type=int, default=32, help="blocks of 4 rows")
+    made.add_argument("--samples", type=int, default=32, help="sampled answers, in batches of 16")
     made.add_argument("--max_new_tokens", type=int, default=48)
-    made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, default=Path("runs/z0_bias.csv"))
     return made
 
@@ -358,17 +290,12 @@ def main(words: Sequence[str] | None = None) -> None:
     args: Any = parser().parse_args(words)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        if args.runs and not args.data:
-            raise ValueError("no data: name files with feedback with --data")
         table = Table(args.out)
         for run in args.runs:
-            for name in args.checkpoints:
-                checkpoint = Checkpoint(run, name)
-                for source in args.data:
-                    measure(table, checkpoint, source, args)
+            for step in args.steps:
+                measure(table, Checkpoint(run, step), args)
     except (OSError, ValueError) as error:
         sys.exit(f"z0_bias: {error}")
-    print("\n".join(markdown(table.lines)))
 
 
 if __name__ == "__main__":

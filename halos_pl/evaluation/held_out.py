@@ -21,6 +21,7 @@ from halos_pl.policy.loading import load_model
 from halos_pl.policy.logprobs import completion_mask
 from halos_pl.policy.reference import AdapterOff, FixedModel, FrozenCopy
 from halos_pl.policy.scorer import Scorer
+from halos_pl.policy.store import ReferenceStore, StoredReference
 from halos_pl.training.checkpoint_search import find_checkpoint
 from halos_pl.training.named_model import NamedModel
 from halos_pl.training.progress import Progress
@@ -85,7 +86,12 @@ class Evaluation(LightningModule):
 
 
 def prepared(
-    model: NamedModel, other: nn.Module | None = None, *, compare: bool = True, trained: bool = True
+    model: NamedModel,
+    other: nn.Module | None = None,
+    *,
+    compare: bool = True,
+    trained: bool = True,
+    stored: bool = False,
 ) -> Evaluation:
     """The evaluation of a model.
 
@@ -94,6 +100,7 @@ def prepared(
         other: the reference; None for a run's policy before training.
         compare: whether to use a reference at all.
         trained: whether to load a run's trained weights.
+        stored: whether log-probs of the policy before training come from the reference store.
     """
     run = module_of_run(model.run) if model.run else None
     scorer = Scorer(
@@ -107,7 +114,9 @@ def prepared(
         reference = FixedModel(other, scorer)
     elif compare:
         reference = AdapterOff() if model.spec.lora else FrozenCopy()
-        reference.bind(scorer, model.spec)
+        reference.bind(scorer, model.spec, stored=stored)
+        if stored:
+            reference = StoredReference(reference, ReferenceStore(), lambda: scorer.numerics)
     module = Evaluation(scorer, reference, model.tokenizer())
     if model.run and trained:
         load_weights(module, find_checkpoint(model.run, model.ckpt_path), model.run, "scorer.")

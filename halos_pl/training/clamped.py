@@ -46,6 +46,6 @@ class ClampWatch:
         rank_zero_warn(
             f"halos: the estimate of the reference point was negative and clamped to 0 in {len(estimates)} of the last"
             f" {len(self._last)} steps (its mean there is {mean:.3g} nats): the run trains as with z0 = 0, the"
-            " reference point Zero, and the logged kl of 0 is not the KL divergence. What it means, and what to do:"
-            " docs/concepts/reference_point.md#why-is-my-kl-0"
+            " reference point Zero, and the logged kl of 0 is not the KL divergence."
+            " What it means: docs/findings/z0.md; what to do: docs/concepts/reference_point.md#why-is-my-kl-0"
         )
