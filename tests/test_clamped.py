@@ -48,9 +48,12 @@ def test_a_run_that_is_mostly_clamped_is_told_so_once(figures, clamped):
         assert clamped in text
         assert "-2.5" in text
         assert "\n" not in text
-        page, _, heading = re.search(r"docs/\S+", text)[0].partition("#")
-        titles = re.findall(r"^#+ (.*)", (ROOT / page).read_text("utf-8"), re.MULTILINE)
-        assert heading in [re.sub(r"\W+", "-", title.lower()).strip("-") for title in titles]
+        links = [link.partition("#") for link in re.findall(r"docs/([\w/.#-]+)", text)]
+        assert [page for page, *_ in links] == ["findings/z0.md", "concepts/reference_point.md"]
+        for page, _, heading in links:
+            assert f": {page}\n" in (ROOT / "mkdocs.yml").read_text("utf-8")  # the site has it
+            titles = re.findall(r"^#+ (.*)", (ROOT / "docs" / page).read_text("utf-8"), re.MULTILINE)
+            assert heading in ["", *(re.sub(r"\W+", "-", title.lower()).strip("-") for title in titles)]
 
 
 def test_a_fit_warns_of_clamped_steps(tiny_folder):
