@@ -144,7 +144,7 @@ def test_other_files_are_not_overwritten(z0_bias, tmp_path, text):
         z0_bias.Table(out)
         assert out.read_text() == f"{z0_bias.HEADER}\n"
         return
-    with pytest.raises(SystemExit, match="not a table of z0_bias.py"):
+    with pytest.raises(SystemExit, match=r"not a table of z0_bias\.py"):
         z0_bias.main(["run", "--out", str(out)])
     assert out.read_text() == text
 
@@ -250,7 +250,7 @@ def test_a_packed_table_gives_the_same_summary_and_decisions(z0_bias, z0_summary
         z0_summary.main([str(tmp_path / name), "--figure", str(tmp_path / "z0.png")])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
-    assert "kto, step 64, batches of 32: bias < 0: holds" in said[0]
-    assert "step 64 with batches of 64: yes (at least 1.000 of the batches clamped, 3 seeds)" in said[0]
-    assert "dpo at step 64 is not measured" in said[0]
+    assert "kto, step 64, batches of 32, bias < 0: data: holds" in said[0]
+    assert "data, step 64: KTO is KTO with z0 = 0 with batches of 4, 8, 16, 32, 64\n" in said[0]
+    assert "dpo, step 64, batches of 32, mean < 0: data: not decided: 0 of 3 seeds" in said[0]
     assert (tmp_path / "z0.png").stat().st_size

@@ -1,6 +1,7 @@
 """Bias, spread, clamp rate and cost of KTO's estimate of z0 by batch size, from the values of z0_bias.py.
 
     python experiments/ablations/z0_summary.py VALUES.csv[.gz] [--sizes 4 8 16 32 64] [--figure z0.png]
+        [--write docs/findings/z0.md]
 
 A batch of 4k rows is composed of k of a run's blocks, and its estimate is the mean of theirs: each row keeps a
 completion of another prompt. ``halos fit`` draws these completions from the whole batch instead of the block, which
@@ -17,7 +18,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +28,12 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 from z0_bias import BLOCK, MISMATCHED, SAMPLES, Line, lines_of
 
+from halos_pl.common.files import write
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+BEGIN, END = "<!-- computed -->", "<!-- end of what is computed -->"
 #: Random sets of blocks for each batch size.
 SETS = 4000
 
@@ -128,26 +132,43 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(student.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
-def over_seeds(found: Summaries) -> dict[tuple[str, str, int, int], list[Summary]]:
-    """The summaries of all seeds by data, arm, step and batch size."""
-    groups: dict[tuple[str, str, int, int], list[Summary]] = defaultdict(list)
+Groups = dict[tuple[str, str, int], dict[int, list[Summary]]]
+
+
+def over_seeds(found: Summaries) -> Groups:
+    """The summaries of all seeds, by data, arm and step, and then by batch size."""
+    groups: Groups = defaultdict(lambda: defaultdict(list))
     for (place, size), each in sorted(found.items()):
-        groups[place.data, place.arm, place.step, size].append(each)
+        groups[place.data, place.arm, place.step][size].append(each)
     return groups
 
 
+def mean_of(seeds: Sequence[Summary], name: str) -> float:
+    return float(np.mean([getattr(each, name) for each in seeds]))
+
+
 def markdown(found: Summaries) -> Iterator[str]:
-    """A row for each data set, arm, step and batch size: means over seeds, and the interval of the bias."""
-    heads = "data | arm | step | rows | seeds | mean before the clamp | SD | clamped | mean used | surplus | KL"
-    yield f"| {heads} | bias (95%) | cost, s |"
-    yield f"|{'---|' * (heads.count('|') + 3)}"
-    for group, seeds in over_seeds(found).items():
-        mean, spread, clamped, used, surplus, kl, _, seconds = np.mean([astuple(each) for each in seeds], axis=0)
-        bias, half = interval([each.bias for each in seeds])
-        yield (
-            f"| {' | '.join(map(str, group))} | {len(seeds)} | {mean:.3f} | {spread:.3f} | {clamped:.3f} | {used:.3f}"
-            f" | {surplus:.3f} | {kl:.3f} | {bias:+.3f} ± {half:.3f} | {seconds:.2f} |"
+    """A row for each data set, arm and step: means over seeds, by batch size, and the interval of the bias."""
+    sizes = sorted({size for _, size in found})
+    by_size = " / ".join(map(str, sizes))
+    yield (
+        "| data | arm | step | seeds | mean before the clamp | KL"
+        + "".join(
+            f" | {name}, batches of {by_size}" for name in ("SD", "clamped", "mean used", "bias (95%)", "cost, s")
         )
+        + " |"
+    )
+    yield f"|{'---|' * 11}"
+    for (data, arm, step), by in over_seeds(found).items():
+        first = next(iter(by.values()))
+        cells = [data, arm, str(step), str(len(first))]
+        cells += [f"{mean_of(first, 'mean'):.2f}", f"{mean_of(first, 'divergence'):.2f}"]
+        for name, digits in (("spread", 2), ("clamped", 3), ("used", 3)):
+            cells.append(" / ".join(f"{mean_of(seeds, name):.{digits}f}" for seeds in by.values()))
+        biases = [interval([each.bias for each in seeds]) for seeds in by.values()]
+        cells.append(" / ".join(f"{mean:+.2f} ± {half:.2f}" for mean, half in biases))
+        cells.append(" / ".join(f"{mean_of(seeds, 'seconds'):.1f}" for seeds in by.values()))
+        yield f"| {' | '.join(cells)} |"
 
 
 #: Statements of ablations/z0.yaml: name, arm, batch size, quantity and its sign, at step 64.
@@ -173,66 +194,55 @@ def verdict(values: Sequence[float], sign: int) -> str:
 
 
 def decisions(found: Summaries) -> Iterator[str]:
-    """A line for each pre-registered statement and data set."""
+    """A line for each pre-registered statement, then one for each data set and step of KTO."""
     groups = over_seeds(found)
-    for data in dict.fromkeys(data for data, *_ in groups):
-        for name, arm, size, quantity, sign in STATEMENTS:
-            values = [getattr(each, quantity) for each in groups.get((data, arm, STEP, size), [])]
-            if not values:
-                yield f"{data}: {name}: {arm} at step {STEP} is not measured"
-                continue
-            mean, half = interval(values)
-            yield (
-                f"{data}: {name}: {arm}, step {STEP}, batches of {size}: {quantity} {'<>'[sign > 0]} 0:"
-                f" {verdict(values, sign)} ({mean:+.3f} ± {half:.3f} nats)"
-            )
-        for (_, arm, step, size), seeds in [each for each in groups.items() if each[0][0] == data]:
-            if arm == "kto" and step:
-                least = min(each.clamped for each in seeds)
-                yes = len(seeds) >= SEEDS and least >= ALMOST_ALL
-                yield (
-                    f"{data}: KTO is KTO with z0 = 0 at step {step} with batches of {size}: {'yes' if yes else 'no'}"
-                    f" (at least {least:.3f} of the batches clamped, {len(seeds)} seeds)"
-                )
+    sets = list(dict.fromkeys(data for data, *_ in groups))
+    for name, arm, size, quantity, sign in STATEMENTS:
+        told = []
+        for data in sets:
+            values = [getattr(each, quantity) for each in groups.get((data, arm, STEP), {}).get(size, [])]
+            mean, half = interval(values) if values else (math.nan, math.nan)
+            told.append(f"{data}: {verdict(values, sign)} ({mean:+.2f} ± {half:.2f})")
+        yield f"- {name}: {arm}, step {STEP}, batches of {size}, {quantity} {'<>'[sign > 0]} 0: {'; '.join(told)}"
+    for (data, arm, step), by in groups.items():
+        if arm == "kto" and step:
+            all_of = [
+                str(size)
+                for size, seeds in by.items()
+                if len(seeds) >= SEEDS and min(each.clamped for each in seeds) >= ALMOST_ALL
+            ]
+            sizes = f"batches of {', '.join(all_of)}" if all_of else "no batch size"
+            yield f"- {data}, step {step}: KTO is KTO with z0 = 0 with {sizes}"
 
 
 def draw(found: Summaries, path: Path) -> None:
     """Above, the mean before the clamp and the divergence along the runs; below, what training uses, by batch size."""
     groups = over_seeds(found)
-    sets = list(dict.fromkeys(data for data, *_ in groups))
-    arms = list(dict.fromkeys(arm for _, arm, *_ in groups))
-    last, smallest = max(step for _, _, step, _ in groups), min(size for *_, size in groups)
+    sets, arms = (list(dict.fromkeys(key[i] for key in groups)) for i in (0, 1))
+    last = max(step for *_, step in groups)
     figure, axes = plt.subplots(2, len(sets), figsize=(4.5 * len(sets), 7), layout="constrained", squeeze=False)
     for column, data in enumerate(sets):
         above, below = axes[:, column]
         for number, arm in enumerate(arms):
             colour = f"C{number}"
-            along = {
-                step: seeds for (d, a, step, size), seeds in groups.items() if (d, a, size) == (data, arm, smallest)
-            }
-            for name, style in (("divergence", "--"), ("mean", "-")):
-                label = f"{arm}: {'KL' if name == 'divergence' else 'mean log-ratio'}"
-                means = [float(np.mean([getattr(each, name) for each in seeds])) for seeds in along.values()]
-                above.plot(list(along), means, style, color=colour, label=label)
+            along = {key[2]: next(iter(by.values())) for key, by in groups.items() if key[:2] == (data, arm)}
+            for name, style, what in (("divergence", "--", "KL"), ("mean", "-", "mean log-ratio")):
+                means = [mean_of(seeds, name) for seeds in along.values()]
+                above.plot(list(along), means, style, color=colour, label=f"{arm}: {what}")
                 for step, seeds in along.items():
                     above.plot([step] * len(seeds), [getattr(each, name) for each in seeds], ".", color=colour)
-            by_size = {size: seeds for (d, a, step, size), seeds in groups.items() if (d, a, step) == (data, arm, last)}
-            below.plot(
-                list(by_size),
-                [float(np.mean([each.used for each in seeds])) for seeds in by_size.values()],
-                "o-",
-                color=colour,
-                label=f"{arm}: mean used",
-            )
-            if by_size:
-                kl = float(np.mean([each.divergence for each in next(iter(by_size.values()))]))
-                below.axhline(kl, linestyle="--", color=colour, label=f"{arm}: KL")
+            if not (by_size := groups.get((data, arm, last))):
+                continue
+            used = [mean_of(seeds, "used") for seeds in by_size.values()]
+            below.plot(list(by_size), used, "o-", color=colour, label=f"{arm}: mean used")
+            kl = mean_of(next(iter(by_size.values())), "divergence")
+            below.axhline(kl, linestyle="--", color=colour, label=f"{arm}: KL")
+            below.set_xscale("log")
+            below.set_xticks(list(by_size), [str(size) for size in by_size])
+            below.minorticks_off()
         above.axhline(0, color="grey", linewidth=0.8)
         above.set(title=data, xlabel="optimizer step", ylabel="nats, before the clamp")
-        below.set(xlabel="rows of a batch", ylabel=f"nats after step {last}", xscale="log")
-        sizes = sorted({size for *_, size in groups})
-        below.set_xticks(sizes, [str(size) for size in sizes])
-        below.minorticks_off()
+        below.set(xlabel="rows of a batch", ylabel=f"nats after step {last}")
         for axis in (above, below):
             axis.legend(fontsize=7)
     figure.savefig(path, dpi=120)
@@ -257,12 +267,18 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("values", type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="rows of a batch")
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--write", type=Path, help=f"page in which the text between {BEGIN} and {END} is replaced")
     args: Any = parser.parse_args(words)
     try:
         found = summaries(read(args.values), args.sizes)
     except (OSError, ValueError) as error:
         sys.exit(f"z0_summary: {error}")
-    print("\n".join([*markdown(found), "", *decisions(found)]))
+    computed = [*markdown(found), "", *decisions(found)]
+    print("\n".join(computed))
+    if args.write:
+        text = args.write.read_text(encoding="utf-8")
+        head, _, rest = text.partition(BEGIN)
+        write(args.write, head + "\n".join([BEGIN, "", *computed, ""]) + "\n" + END + rest.partition(END)[2])
     if args.figure:
         draw(found, args.figure)
 
