@@ -251,6 +251,6 @@ def test_a_packed_table_gives_the_same_summary_and_decisions(z0_bias, z0_summary
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
     assert "kto, step 64, batches of 32, bias < 0: data: holds" in said[0]
-    assert "data, step 64: KTO is KTO with z0 = 0 with batches of 4, 8, 16, 32, 64\n" in said[0]
+    assert "data, step 64: KTO is KTO with z0 = 0: with batches of 4, 8, 16, 32, 64\n" in said[0]
     assert "dpo, step 64, batches of 32, mean < 0: data: not decided: 0 of 3 seeds" in said[0]
     assert (tmp_path / "z0.png").stat().st_size

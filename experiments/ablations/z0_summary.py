@@ -147,27 +147,34 @@ def mean_of(seeds: Sequence[Summary], name: str) -> float:
     return float(np.mean([getattr(each, name) for each in seeds]))
 
 
+def told(value: float, form: str) -> str:
+    """A number, or a dash for NaN."""
+    return "–" if math.isnan(value) else format(value, form)
+
+
+def with_interval(values: Sequence[float]) -> str:
+    mean, half = interval(values)
+    return told(mean, "+.2f") + ("" if math.isnan(half) else f" ± {half:.2f}")
+
+
 def markdown(found: Summaries) -> Iterator[str]:
     """A row for each data set, arm and step: means over seeds, by batch size, and the interval of the bias."""
     sizes = sorted({size for _, size in found})
     by_size = " / ".join(map(str, sizes))
     yield (
         "| data | arm | step | seeds | mean before the clamp | KL"
-        + "".join(
-            f" | {name}, batches of {by_size}" for name in ("SD", "clamped", "mean used", "bias (95%)", "cost, s")
-        )
-        + " |"
+        + "".join(f" | {name}, batches of {by_size}" for name in ("SD", "clamped", "mean used", "bias (95%)"))
+        + " | cost of a row, s |"
     )
     yield f"|{'---|' * 11}"
     for (data, arm, step), by in over_seeds(found).items():
         first = next(iter(by.values()))
         cells = [data, arm, str(step), str(len(first))]
-        cells += [f"{mean_of(first, 'mean'):.2f}", f"{mean_of(first, 'divergence'):.2f}"]
+        cells += [told(mean_of(first, name), ".2f") for name in ("mean", "divergence")]
         for name, digits in (("spread", 2), ("clamped", 3), ("used", 3)):
             cells.append(" / ".join(f"{mean_of(seeds, name):.{digits}f}" for seeds in by.values()))
-        biases = [interval([each.bias for each in seeds]) for seeds in by.values()]
-        cells.append(" / ".join(f"{mean:+.2f} ± {half:.2f}" for mean, half in biases))
-        cells.append(" / ".join(f"{mean_of(seeds, 'seconds'):.1f}" for seeds in by.values()))
+        cells.append(" / ".join(with_interval([each.bias for each in seeds]) for seeds in by.values()))
+        cells.append(f"{mean_of(first, 'seconds') / next(iter(by)):.2f}")
         yield f"| {' | '.join(cells)} |"
 
 
@@ -198,21 +205,19 @@ def decisions(found: Summaries) -> Iterator[str]:
     groups = over_seeds(found)
     sets = list(dict.fromkeys(data for data, *_ in groups))
     for name, arm, size, quantity, sign in STATEMENTS:
-        told = []
+        of_sets = []
         for data in sets:
             values = [getattr(each, quantity) for each in groups.get((data, arm, STEP), {}).get(size, [])]
-            mean, half = interval(values) if values else (math.nan, math.nan)
-            told.append(f"{data}: {verdict(values, sign)} ({mean:+.2f} ± {half:.2f})")
-        yield f"- {name}: {arm}, step {STEP}, batches of {size}, {quantity} {'<>'[sign > 0]} 0: {'; '.join(told)}"
+            of_sets.append(f"{data}: {verdict(values, sign)}" + (f" ({with_interval(values)})" if values else ""))
+        yield f"- {name}: {arm}, step {STEP}, batches of {size}, {quantity} {'<>'[sign > 0]} 0: {'; '.join(of_sets)}"
     for (data, arm, step), by in groups.items():
         if arm == "kto" and step:
-            all_of = [
-                str(size)
-                for size, seeds in by.items()
-                if len(seeds) >= SEEDS and min(each.clamped for each in seeds) >= ALMOST_ALL
-            ]
-            sizes = f"batches of {', '.join(all_of)}" if all_of else "no batch size"
-            yield f"- {data}, step {step}: KTO is KTO with z0 = 0 with {sizes}"
+            seeds = len(next(iter(by.values())))
+            sizes = [size for size, some in by.items() if min(each.clamped for each in some) >= ALMOST_ALL]
+            what = f"with batches of {', '.join(map(str, sizes))}" if sizes else "with no batch size"
+            if seeds < SEEDS:
+                what = f"not decided: {seeds} of {SEEDS} seeds"
+            yield f"- {data}, step {step}: KTO is KTO with z0 = 0: {what}"
 
 
 def draw(found: Summaries, path: Path) -> None:
