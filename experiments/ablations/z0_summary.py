@@ -1,6 +1,6 @@
 """Bias, spread, clamp rate and cost of KTO's estimate of z0 by batch size, from the values of z0_bias.py.
 
-    python experiments/ablations/z0_summary.py VALUES.csv[.gz] [--sizes 4 8 16 32 64] [--figure z0.png]
+    python experiments/ablations/z0_summary.py BATCHES.csv[.gz] [--sizes 4 8 16 32 64] [--figure z0.png]
         [--write docs/findings/z0.md]
 
 A batch of 4k rows is composed of k of a run's blocks, and its estimate is the mean of theirs: each row keeps a
