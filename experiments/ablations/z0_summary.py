@@ -223,7 +223,8 @@ def decisions(found: Summaries) -> Iterator[str]:
 def draw(found: Summaries, path: Path) -> None:
     """Above, the mean before the clamp and the divergence along the runs; below, what training uses, by batch size."""
     groups = over_seeds(found)
-    sets, arms = (list(dict.fromkeys(key[i] for key in groups)) for i in (0, 1))
+    sets = list(dict.fromkeys(data for data, *_ in groups))
+    arms = list(dict.fromkeys(arm for _, arm, _ in groups))
     last = max(step for *_, step in groups)
     figure, axes = plt.subplots(2, len(sets), figsize=(4.5 * len(sets), 7), layout="constrained", squeeze=False)
     for column, data in enumerate(sets):
