@@ -234,6 +234,18 @@ def _renew(use: Use) -> None:
         threading.Thread(target=_renew_all, name="halos cache", daemon=True).start()
 
 
+def renew_in_forks() -> None:
+    """Leaves it to the processes that are forked from this one to renew marks; each must call :func:`renew`."""
+    _renewing.acquire()
+
+
+def renew() -> None:
+    """Renews the marks of the entries that were in use when this process was forked."""
+    _renewing.release()
+    for use in list(_in_use):
+        _renew(use)
+
+
 def _renew_all() -> None:
     while True:
         time.sleep(RENEWED)

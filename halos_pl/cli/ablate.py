@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from halos_pl.study.read import load_study, study_in, sweep_file
 from halos_pl.study.recorded import VALUES, read_recorded
 from halos_pl.study.spec import Run, Study, StudyError, default_folder
 from halos_pl.study.state import STUDY, ended, failure, state
+from halos_pl.study.time_spent import time_spent
 from halos_pl.study.tuning import tuning_in
 
 
@@ -68,6 +70,7 @@ def ablate(
     jobs: int = 1,
     keep_checkpoints: bool = False,
     anyway: bool = False,
+    fork: bool = True,
 ) -> None:
     """Run a study: train and measure every arm with every seed, and write a report. Resumes an interrupted study.
 
@@ -83,14 +86,17 @@ def ablate(
         jobs: number of runs at a time; they share the CPU cores.
         keep_checkpoints: whether to keep the last checkpoint of each run after measuring it.
         anyway: whether to run a study that would probably miss the difference that it names.
+        fork: whether the runs are forked from a process that has imported everything and loaded their model, where that
+            is possible (on Linux, without a GPU or a cluster); otherwise each starts Python. Figures are the same.
     """
     # Imported here, so that status, which needs no model, starts in a second.
     from halos_pl.study.adopt import adopt, check_earlier, unused
     from halos_pl.study.claim import claim
     from halos_pl.study.execute import execute, executor_of
+    from halos_pl.study.forks import can_fork
     from halos_pl.study.planned_power import hopeless, power_lines
     from halos_pl.study.preflight import check
-    from halos_pl.study.processes import environment
+    from halos_pl.study.processes import environment, forking
     from halos_pl.study.timing import show_plan, timed_step
 
     if (file := sweep_file(study)) is not None:
@@ -121,25 +127,26 @@ def ablate(
     said = adopt(earlier, resume_from) if resume_from is not None else []
     if checked.uncontrolled:
         print(plain(f"halos: no positive control yet, so the report will claim nothing: {checked.uncontrolled}"))
+    forked = forking(environment(jobs)) if fork and spec.cluster is None and can_fork() else nullcontext()
     try:
-        if going_on:
-            print(plain("\n".join([*power_lines(spec, checked.examples), *([f"halos: {weak}"] if weak else [])])))
-            # A cluster's nodes differ from the machine that submits to them.
-            times = None if spec.cluster is not None else timed_step(left, folder, environment(jobs))
-            show_plan(spec, checked, runs, left, times, jobs)
-        for line in said:
-            print(plain(f"halos: {line}"))
-        missing = [run for run in trials if not earlier.has(run)]
-        failed = execute(spec, folder, jobs, keep_checkpoints, runs=missing)
-        spec = _decided(spec, folder)
-        for arm in spec.arms if spec.tune else ():
-            print(
-                plain(f"halos: {arm.name}: {'no value is chosen' if not arm.decided else arm.candidate + ' is chosen'}")
-            )
-        for line in unused(spec, earlier):
-            print(plain(f"halos: {line}"))
-        decided = [run for run in spec.runs(folder) if run.arm.decided and not earlier.has(run)]
-        failed |= execute(spec, folder, jobs, keep_checkpoints, runs=decided)
+        with forked:
+            if going_on:
+                print(plain("\n".join([*power_lines(spec, checked.examples), *([f"halos: {weak}"] if weak else [])])))
+                # A cluster's nodes differ from the machine that submits to them.
+                times = None if spec.cluster is not None else timed_step(left, folder, environment(jobs))
+                show_plan(spec, checked, runs, left, times, jobs)
+            for line in said:
+                print(plain(f"halos: {line}"))
+            missing = [run for run in trials if not earlier.has(run)]
+            failed = execute(spec, folder, jobs, keep_checkpoints, runs=missing)
+            spec = _decided(spec, folder)
+            for arm in spec.arms if spec.tune else ():
+                chosen = f"{arm.candidate} is chosen" if arm.decided else "no value is chosen"
+                print(plain(f"halos: {arm.name}: {chosen}"))
+            for line in unused(spec, earlier):
+                print(plain(f"halos: {line}"))
+            decided = [run for run in spec.runs(folder) if run.arm.decided and not earlier.has(run)]
+            failed |= execute(spec, folder, jobs, keep_checkpoints, runs=decided)
     except (KeyboardInterrupt, Stopped):
         print("\nhalos: the runs were stopped; the same command resumes them", file=sys.stderr)
         raise
@@ -229,6 +236,10 @@ def status(folder: str) -> None:
             why = failure(run)["error"]
         table.add_row(escape(plain(run.folder)), how, escape(plain(why)))
     Console().print(table)
+    spent = time_spent(study, Path(folder))
+    if total := sum(spent.values()):
+        listed = ", ".join(f"{name} {seconds:.0f} s ({seconds / total:.0%})" for name, seconds in spent.items())
+        Console().print(f"Where the time of its commands went: {listed}.", highlight=False)
     _warn_untold(done)
 
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 from halos_pl.cli.broken_pipe import ending_quietly
 from halos_pl.cli.help_page import TRAINER_COMMANDS, group_page, help_page, unknown_command
 from halos_pl.cli.words import at_home, refuse_repeated_keys, spelled
+from halos_pl.common import spent
 from halos_pl.common.import_path import put_last
 from halos_pl.common.messages import plain
 from halos_pl.common.stopping import is_first, listening
@@ -24,6 +25,7 @@ def main(args: list[str] | None = None) -> None:
     Raises:
         SystemExit: with the status of the command.
     """
+    spent.begin()
     if args is None and os.name == "posix" and not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8":
         _restart_in_utf8()
     for stream in (sys.stdout, sys.stderr):

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from halos_pl.common import spent
 from halos_pl.common.files import write
 from halos_pl.common.messages import counted, plain
 from halos_pl.endpoint.settings import EndpointSettings
@@ -213,7 +214,7 @@ def evaluate(
             (folder / name).unlink(missing_ok=True)
     for name in (BENCHMARKS, BENCHMARKS_BEFORE) if not prepared else ():
         shutil.rmtree(folder / name, ignore_errors=True)
-    write(folder / MEASURED, json.dumps(how, indent=2) + "\n")
+    write(folder / MEASURED, json.dumps(how | {"seconds": spent.seconds()}, indent=2) + "\n")
     if named.run:
         write(folder / BEFORE, json.dumps(before) + "\n")
     else:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from halos_pl.common import spent
 from halos_pl.common.files import check_target, whole, write
 from halos_pl.common.messages import plain
 from halos_pl.common.progress import counted
@@ -175,14 +176,19 @@ def measure(model: NamedModel, compared: NamedModel | None, task: Task, folder: 
 
 
 def _measured(module: Evaluation, name: str, task: Task) -> Measured:
-    records = records_of(module, FeedbackDataModule(**task.data), name) if task.data is not None else []
+    spent.started()
+    records = []
+    if task.data is not None:
+        with spent.part(spent.HELD_OUT):
+            records = records_of(module, FeedbackDataModule(**task.data), name)
     if not task.rows:
         return Measured(records, [], [])
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     samples, later = _turns(module.scorer.model, module.tokenizer, task, name)
     if module.reference is None:
         return Measured(records, samples, [], later)
-    kl = kl_of_samples(module.scorer, module.reference, samples, task.sampling["batch_size"])
+    with spent.part(spent.SAMPLING):
+        kl = kl_of_samples(module.scorer, module.reference, samples, task.sampling["batch_size"])
     return Measured(records, samples, list(kl), later)
 
 
@@ -190,11 +196,13 @@ def _turns(model: Any, tokenizer: Any, task: Task, name: str, start: bool = Fals
     """The answers to the prompts, and to the second questions of conversations."""
     if not task.rows:
         return [], []
-    samples, path = answers(model, tokenizer, task.rows, start=start, **task.sampling)
+    with spent.part(spent.SAMPLING):
+        samples, path = answers(model, tokenizer, task.rows, start=start, **task.sampling)
     if path is not None:
         print(f"halos: the answers of {plain(name)} are cached from an earlier evaluation: {path}")
     second = task.win_rates.second_turns(task.rows, [s.text for s in samples]) if task.win_rates else []
-    later = answers(model, tokenizer, second, start=start, **task.sampling)[0] if second else []
+    with spent.part(spent.SAMPLING):
+        later = answers(model, tokenizer, second, start=start, **task.sampling)[0] if second else []
     return samples, later
 
 

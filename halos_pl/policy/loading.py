@@ -13,7 +13,7 @@ from jinja2 import TemplateSyntaxError
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from halos_pl.policy import adapters, quantization
+from halos_pl.policy import adapters, quantization, shared
 from halos_pl.policy.architecture import (
     base_model,
     dtype_of_config,
@@ -298,6 +298,16 @@ def stored_config(spec: ModelSpec) -> Any:
 
 def _load(spec: ModelSpec, sharding: Sharding | None) -> Any:
     """The model in a folder or on the hub, checked against its files."""
+    model = None if sharding is not None else shared.take(spec)
+    return load_base(spec, sharding) if model is None else model
+
+
+def load_base(spec: ModelSpec, sharding: Sharding | None = None) -> Any:
+    """The model in a folder or on the hub, read from its files and checked against them.
+
+    Raises:
+        ModelError: as in :func:`load_model`.
+    """
     spread: dict[str, Any] = {}
     if spec.quantize is not None:  # sharded afterwards, when it is small
         spread = quantization.loading_options(spec)

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from halos_pl.batch import TokenBatch
 from halos_pl.cache import LARGEST, REFERENCE, Use, cache_root, limit
+from halos_pl.common import spent
 from halos_pl.common.transfer import moved
 from halos_pl.policy.segments import Segments
 from halos_pl.policy.sharding import most_over_ranks
@@ -185,7 +186,8 @@ class StoredReference:
         self.rows_stored += len(batch) - len(missing)
         if missing:
             (index,) = moved([torch.tensor(missing, device="cpu")], batch.prompt.device)
-            computed = self.reference.logps(batch.select(index, missing)).cpu()
+            with spent.part(spent.REFERENCE):
+                computed = self.reference.logps(batch.select(index, missing)).cpu()
             fresh = {names[i]: row[: len(batch.completions[i])] for i, row in zip(missing, computed, strict=True)}
             self.store.put(fresh)
             logps |= fresh

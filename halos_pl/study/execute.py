@@ -21,6 +21,7 @@ from halos_pl.run_dir import LAST, PREVIOUS, shortfall
 from halos_pl.study import processes
 from halos_pl.study.spec import Run, Study, StudyError
 from halos_pl.study.state import diverged, ended, failure_file, record_failure
+from halos_pl.study.time_spent import add_seconds
 from halos_pl.training.checkpoint_links import remove_checkpoint
 
 
@@ -163,8 +164,10 @@ def _train_and_measure(run: Run, study: Study, env: Mapping[str, str], lock: int
         commands.append([*run.fit, *(["--ckpt_path=last"] if begun else [])])
     commands.append(study.evaluation(run))
     for words in commands:
-        start = log.stat().st_size if log.is_file() else 0
-        if status := processes.run_command(words, log, env, lock):
+        start, began = log.stat().st_size if log.is_file() else 0, time.monotonic()
+        status = processes.run_command(words, log, env, lock)
+        add_seconds(run, words[0], time.monotonic() - began)
+        if status:
             why = processes.last_words(log, start, status)
             if processes.stopping_signal(status) is None:
                 record_failure(run, words, why)

@@ -91,7 +91,7 @@ def _made_otherwise(runs: Iterable[Run]) -> dict[Run, str]:
     measured = {}
     for run in runs:
         arms[run.arm.title].append(run)
-        how = {key: value for key, value in measured_how(run.folder).items() if key not in ("by", "step")}
+        how = {key: value for key, value in measured_how(run.folder).items() if key not in ("by", "step", "seconds")}
         # A run that was trained on a benchmark's questions lacks that metric, which is reported as such.
         measured[run] = {k: json.dumps(v) for k, v in _leaves(how).items() if not k.endswith(".trained_on")}
     for why, settings in [

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from halos_pl.common import stopping
 from halos_pl.common.import_path import folder_last
+from halos_pl.study.forks import Forked, Forks
 from halos_pl.study.spec import command
 
 LOG = "log.txt"
@@ -24,15 +25,34 @@ class _Children:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._running: set[subprocess.Popen[bytes]] = set()
+        self._running: set[subprocess.Popen[bytes] | Forked] = set()
         self._stopped_by: int | None = None
+        self.forks: Forks | None = None
 
-    def run(self, words: list[str], **options: Any) -> int:
-        """Runs a command and returns its exit status; that of a stopped command if no more may be started."""
+    def run(self, words: list[str], output: Any, env: Mapping[str, str], lock: int | None) -> int:
+        """Runs a command and returns its exit status; that of a stopped command if no more may be started.
+
+        Args:
+            words: its words after ``halos``.
+            output: file of its output.
+            env: its environment.
+            lock: file descriptor that it inherits.
+        """
+        forked = self.forks.fork(words, output, env, lock) if self.forks is not None else None
         with self._lock:
             if self._stopped_by is not None:
+                if forked is not None:
+                    forked.give_up()
                 return 128 + self._stopped_by
-            process = subprocess.Popen(words, **options)
+            if forked is not None:
+                forked.go()
+            process = forked or subprocess.Popen(
+                [sys.executable, "-m", "halos_pl", *words],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=env,
+                pass_fds=() if lock is None else (lock,),
+            )
             self._running.add(process)
         try:
             return process.wait()
@@ -45,7 +65,7 @@ class _Children:
                 self._running.discard(process)
 
     @staticmethod
-    def _terminate(process: subprocess.Popen[bytes]) -> None:
+    def _terminate(process: subprocess.Popen[bytes] | Forked) -> None:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)
 
@@ -53,6 +73,8 @@ class _Children:
         """Stops all commands because of this signal, and starts no others."""
         with self._lock:
             self._stopped_by = number
+            if self.forks is not None:
+                self.forks.close()
             for process in self._running:
                 self._terminate(process)
 
@@ -62,6 +84,17 @@ class _Children:
 
 
 children = _Children()
+
+
+@contextlib.contextmanager
+def forking(env: Mapping[str, str]) -> Iterator[None]:
+    """In this context, commands in this environment are forked from one process, see :mod:`halos_pl.study.forks`."""
+    children.forks = Forks({**env, **folder_last()})
+    try:
+        yield
+    finally:
+        children.forks.close()
+        children.forks = None
 
 
 def environment(jobs: int) -> dict[str, str]:
@@ -86,13 +119,7 @@ def run_command(words: list[str], log: Path, env: Mapping[str, str], lock: int |
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {command(words)}\n")
         file.flush()
-        return children.run(
-            [sys.executable, "-m", "halos_pl", *words],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**env, **folder_last()},
-            pass_fds=() if lock is None else (lock,),
-        )
+        return children.run(words, file, {**env, **folder_last()}, lock)
 
 
 def stopping_signal(status: int) -> int | None:

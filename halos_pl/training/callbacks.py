@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from halos_pl.batch import TokenBatch
-from halos_pl.common import stopping
+from halos_pl.common import spent, stopping
 from halos_pl.common.files import naming, part_of, whole, write
 from halos_pl.data.datamodule import FeedbackDataModule
 from halos_pl.data.template import CHAT_TEMPLATE
@@ -181,6 +181,7 @@ class RunReport(Callback):
         self._amounts.load(state_dict)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        spent.started()
         self._began = time.monotonic()
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             (Path(trainer.default_root_dir) / SUMMARY).unlink(missing_ok=True)  # from an earlier fit
@@ -261,6 +262,7 @@ class RunReport(Callback):
             **end,
             "epochs": trainer.current_epoch,
             "wall_seconds": seconds,
+            "seconds": spent.training(seconds),
             "data": counts,
             "digests": datamodule.digests("train") if counts else {},
             **totals,
