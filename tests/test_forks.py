@@ -242,7 +242,9 @@ def test_a_forked_command_is_a_process_of_its_own(
 ) -> None:
     assert commands.run("--version")[1].startswith("halos_pl ")
     assert commands.run("no-such-command")[0] == 2
-    status, said = commands.run("fit", "--data.train=nowhere.jsonl", f"--model.policy.path={tiny_folder}")
+    status, said = commands.run(
+        "fit", "--objective=kto", "--data.train=nowhere.jsonl", f"--model.policy.path={tiny_folder}"
+    )
     assert status == 1
     assert "halos: " in said.splitlines()[-1]
     assert "nowhere.jsonl" in said

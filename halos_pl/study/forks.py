@@ -28,7 +28,7 @@ from typing import IO, Any
 from halos_pl.common import stopping
 from halos_pl.common.import_path import put_last
 
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
 #: Exit status of a process whose modules have changed.
 _STALE = 3
 _IMPORTED = (
@@ -256,6 +256,7 @@ def _serve(control: socket.socket) -> list[str]:
             os._exit(0)
         gate.close()
         os.chdir(folder)
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, f"halos {words[0]}".encode())  # in top
         for standard in (1, 2):
             os.dup2(files[1], standard)
         os.close(files[1])

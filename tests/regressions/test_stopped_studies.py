@@ -140,7 +140,8 @@ def test_a_stopped_study_goes_on(path, tmp_path, whom):
     if whom == "study":
         process.send_signal(signal.SIGTERM)
     else:
-        [fit] = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        newest = ["pgrep", "-n", "-P", str(process.pid)]  # the oldest is the process that it was forked from
+        [fit] = subprocess.run(newest, capture_output=True, text=True).stdout.split()
         os.kill(int(fit), signal.SIGTERM)
         second = out / "other" / "seed-0" / "metrics.csv"
         wait_for(second.is_file, process)
