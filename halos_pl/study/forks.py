@@ -14,6 +14,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -23,6 +24,7 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
 
 from halos_pl.common import stopping
@@ -176,6 +178,13 @@ def _stamps() -> dict[str, tuple[int, int]]:
     return found
 
 
+def _compute_on(threads: int) -> None:
+    """Sets the number of threads; ``torch.set_num_threads`` also changes settings of MKL, which commands keep."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    for path in {*re.findall(r"/\S*/lib[gi]?omp\S*\.so\S*", maps)}:
+        ctypes.CDLL(path).omp_set_num_threads(threads)
+
+
 def _fork() -> int:
     """Forks a grandchild whose parent ends, and returns its process ID; 0 in the grandchild."""
     reading, writing = os.pipe()
@@ -212,7 +221,9 @@ def _serve(control: socket.socket) -> list[str]:
     from halos_pl.policy import loading, shared
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    _compute_on(1)
+    if torch.get_num_threads() > 1:
+        raise SystemExit("torch computes on several threads")
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a bar has a lock that all processes would share, and a thread
     cache.renew_in_forks()
@@ -262,7 +273,7 @@ def _serve(control: socket.socket) -> list[str]:
         os.close(files[1])
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping.SIGNALS)
         importlib.invalidate_caches()
-        torch.set_num_threads(threads)
+        _compute_on(threads)
         np.random.seed()
         if bars:
             logging.enable_progress_bar()
