@@ -84,7 +84,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """As in a forked process; lists the models that it reports."""
     missing: list[str] = []
     monkeypatch.setattr(shared, "_kept", {})
-    monkeypatch.setattr(shared, "_missing", missing.append)
+    monkeypatch.setattr(shared, "_missing", lambda line: missing.append(line.strip()))
     return missing
 
 

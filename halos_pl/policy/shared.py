@@ -34,11 +34,11 @@ class _Kept:
 
 
 _kept: dict[str, _Kept | None] = {}  # None: taken, or not to be shared
-_missing: Callable[[str], None] | None = None
+_missing: Callable[[str], object] | None = None
 
 
-def report_missing(report: Callable[[str], None]) -> None:
-    """Calls ``report`` with each model that this process loads itself, for :func:`keep` in the process before it."""
+def report_missing(report: Callable[[str], object]) -> None:
+    """Calls ``report`` with a line on each model that this process loads itself, for :func:`keep` before the fork."""
     global _missing
     _missing = report
 
@@ -49,7 +49,7 @@ def take(spec: ModelSpec) -> Any:
         return None
     key = json.dumps([getattr(spec, name) for name in _FIELDS])
     if key not in _kept:
-        _missing(key)
+        _missing(f"{key}\n")
     kept, _kept[key] = _kept.get(key), None
     if kept is None or kept.files != _files(spec):
         return None
@@ -61,7 +61,7 @@ def keep(key: str, load: Callable[[ModelSpec], Any], said: Callable[[], str]) ->
     """Loads a model for the processes that are forked from this one, if that cannot change what they compute.
 
     Args:
-        key: what :func:`report_missing` was called with.
+        key: a line that :func:`report_missing` reported.
         load: loads a model.
         said: what this process has printed since the last call.
     """

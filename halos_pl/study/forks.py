@@ -47,7 +47,8 @@ class Forked:
     """A command that was forked and waits; like ``subprocess.Popen`` after :meth:`go`."""
 
     def __init__(self, pid: int, gate: socket.socket) -> None:
-        self.pid, self._gate, self._lock, self._status = pid, gate, threading.Lock(), None
+        self.pid, self._gate, self._lock = pid, gate, threading.Lock()
+        self._status: int | None = None
 
     def go(self) -> None:
         """Lets it run."""
@@ -278,7 +279,7 @@ def _serve(control: socket.socket) -> list[str]:
         if bars:
             logging.enable_progress_bar()
         cache.renew()
-        shared.report_missing(lambda key: os.write(reporting, f"{key}\n".encode()) and None)
+        shared.report_missing(os.fdopen(reporting, "w", buffering=1).write)
         return list(words)
 
 
