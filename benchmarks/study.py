@@ -71,7 +71,7 @@ def main() -> None:
     content["options"] |= {"trainer.max_steps": args.steps, "model.policy.path": args.model}
     content["seeds"] = list(range(args.seeds))
     converted = Path(source_of(ModelSpec(args.model)))
-    seen = {}
+    seen: dict[str, list[list[object]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "study.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False))
