@@ -145,6 +145,7 @@ def study_file(tiny_folder: Path, folder: Path, steps: int = 3) -> Path:
             "data.batch_size": 4,
             "trainer.accelerator": "cpu",
             "trainer.max_steps": steps,
+            "trainer.max_epochs": -1,
             "model.optimizer.init_args.lr": 0.01,
         },
         "arms": {"adapter": {"model.policy.lora": {"r": 2, "dropout": 0.1}}, "whole": {}},
