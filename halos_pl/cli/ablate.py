@@ -100,9 +100,10 @@ def ablate(
     from halos_pl.study.timing import show_plan, timed_step
 
     if (file := sweep_file(study)) is not None:
-        for option, given in (("overrides", overrides), ("jobs", jobs != 1), ("keep_checkpoints", keep_checkpoints)):
-            if given:
-                raise StudyError(f"{file} is a sweep over policies over candidates, which takes no --{option}")
+        given = {"overrides": overrides, "resume_from": resume_from, "jobs": jobs != 1, "anyway": anyway}
+        given |= {"keep_checkpoints": keep_checkpoints, "fork": not fork}
+        if refused := ", ".join(f"--{option}" for option, value in given.items() if value):
+            raise StudyError(f"{file} is a sweep over policies over candidates, which takes no {refused}")
         from halos_pl.candidates.sweep import sweep
 
         sweep(file, Path(out) if out else default_folder(study, None))
