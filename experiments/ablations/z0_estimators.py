@@ -30,7 +30,7 @@ import torch
 from lightning import Callback
 from transformers import PreTrainedTokenizerBase
 
-from halos_pl.batch import LogProbBatch, Needs, TokenBatch
+from halos_pl.batch import LogProbBatch, TokenBatch
 from halos_pl.cli.main import main as halos
 from halos_pl.objective.reference_points import (
     BatchMean,
@@ -42,7 +42,8 @@ from halos_pl.objective.reference_points import (
     Zero,
 )
 from halos_pl.objective.rewards import LogRatio
-from halos_pl.policy.kl import completion_kl
+from halos_pl.policy.kl import compared_logps
+from halos_pl.policy.logprobs import completion_mask
 from halos_pl.policy.sampling import PolicySamples
 from halos_pl.policy.scorer import Scorer
 from halos_pl.training.scored_rows import scored_rows
@@ -126,9 +127,15 @@ class Along(Callback):
         self._measure(pl_module, trainer.global_step)
 
     @staticmethod
-    def _rows(module: Any, batch: TokenBatch, chosen: torch.Tensor, kl: bool = False) -> LogProbBatch:
-        part = batch.select(chosen.nonzero().squeeze(1))
-        return scored_rows(module.scorer, module.models.reference, part, needs=Needs(exact_kl=kl))
+    def _rows(module: Any, batch: TokenBatch, chosen: torch.Tensor) -> LogProbBatch:
+        return scored_rows(module.scorer, module.models.reference, batch.select(chosen.nonzero().squeeze(1)))
+
+    @staticmethod
+    def _compared(module: Any, batch: TokenBatch) -> LogProbBatch:
+        """The mismatched rows with their KL divergence, in one pass of each model."""
+        rows = batch.select(batch.labels.mismatched.nonzero().squeeze(1))
+        ours, theirs, kl = compared_logps(module.scorer, module.models.reference, rows)
+        return LogProbBatch(ours, theirs, completion_mask(rows), rows.labels, kl)
 
     @torch.no_grad()
     def _measure(self, module: Any, step: int) -> None:
@@ -144,12 +151,12 @@ class Along(Callback):
                 with clocks["mismatched"]():
                     mismatched = self._rows(module, batch, batch.labels.mismatched)
                 with clocks["kl"]():
-                    with_kl = self._rows(module, batch, batch.labels.mismatched, kl=True)
+                    with_kl = self._compared(module, batch)
                 with clocks["samples"]():
                     sampled = sampled_rows(module.scorer, module.tokenizer, batch, self.max_new_tokens)
-                    samples = self._rows(module, sampled, sampled.labels.mismatched)
-                kl = completion_kl(module.scorer, module.models.reference, sampled).sum(dim=1)
-                oracle.append(float(kl.mean()))
+                    samples = self._compared(module, sampled)
+                assert samples.kl is not None
+                oracle.append(float(samples.kl.sum(dim=1).mean()))
                 estimators = ESTIMATORS | {"RunningMean": copy.deepcopy(self.running)}
                 for name, estimator in estimators.items():
                     inputs = {"TokenKL": with_kl, "SampledKL": samples}.get(
