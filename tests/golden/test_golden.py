@@ -40,11 +40,11 @@ def test_three_steps(cell: str, tiny_folder: Path, tmp_path: Path, monkeypatch: 
         assert found == wanted
     assert found["rows"] == wanted["rows"]
     for name in ("loss", "gradient", "moved"):
-        assert found[name] == pytest.approx(wanted[name], rel=1e-6, abs=1e-6), name
+        assert found[name] == pytest.approx(wanted[name], rel=5e-6, abs=5e-6), name
     if None in wanted["z0"]:  # nothing has a reference point
         assert found["z0"] == wanted["z0"]
     else:
-        assert found["z0"] == pytest.approx(wanted["z0"], rel=1e-6, abs=1e-6)
+        assert found["z0"] == pytest.approx(wanted["z0"], rel=5e-6, abs=5e-6)
 
 
 def test_token_ids(tiny_folder: Path, tmp_path: Path) -> None:

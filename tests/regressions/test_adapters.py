@@ -171,12 +171,12 @@ def test_an_adapter_of_a_converted_model(conversions: tuple[ModelSpec, list[int]
     spec = replace(conversions[0], lora=LoRASpec(r=2))
     expected, out = exported(spec, tmp_path / "out")
     assert str(tmp_path / "cache") in capfd.readouterr().out
-    assert differ(logits(AutoPeftModelForCausalLM.from_pretrained(out)), expected) < 1e-5
+    assert differ(logits(AutoPeftModelForCausalLM.from_pretrained(out)), expected) < 5e-5
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(ModelError, match="GGUF"):
         load_model(ModelSpec(str(out)))
     load_tokenizer(conversions[0])  # converts it again
-    assert differ(logits(load_model(ModelSpec(str(out)))), expected) < 1e-5
+    assert differ(logits(load_model(ModelSpec(str(out)))), expected) < 5e-5
 
 
 @pytest.mark.parametrize(
