@@ -97,6 +97,7 @@ made.CLAUSE = "non_decreasing"
 """
 
 
+@pytest.mark.slow
 def test_caught_and_passed_are_counted_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "corpus.py").write_text(CORPUS)
     with pytest.raises(SystemExit) as left:

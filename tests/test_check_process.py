@@ -60,6 +60,7 @@ def test_a_target_without_an_answer_is_one_line_and_status_2(target, said, file,
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_what_a_target_and_its_processes_print_is_not_part_of_the_report(file, capfd):
     printed = {
         "Prints": "in Python",

@@ -181,6 +181,7 @@ def test_the_report_lists_unequal_weights():
     assert report.verdict == "halo"
 
 
+@pytest.mark.slow
 def test_a_reading_is_part_of_the_loss():
     """Log sigmoid is concave everywhere, so its reflection onto undesirable rows is convex on their gains."""
     assert verdict(kto(value_function=LogSigmoid(), reflect_undesirable=False)) == "halo"
@@ -190,7 +191,14 @@ def test_a_reading_is_part_of_the_loss():
     assert verdict(alone) == "halo"
 
 
-@pytest.mark.parametrize("v", [LogSigmoid(), value_functions.KahnemanTversky(), Logistic()])
+@pytest.mark.parametrize(
+    "v",
+    [
+        pytest.param(LogSigmoid(), marks=pytest.mark.slow),
+        pytest.param(value_functions.KahnemanTversky(), marks=pytest.mark.slow),
+        Logistic(),
+    ],
+)
 def test_in_v1_an_undesirable_row_is_valued_as_by_the_other_reading_in_icml(v):
     """v1 maps each row's value to its loss, so the reward of an undesirable row is -r: -v(-u) is v, and +v(u) is v~."""
     of = {
@@ -363,6 +371,7 @@ def test_the_target_is_unchanged():
     assert (str(bco.state_dict()), bco.training) == before
 
 
+@pytest.mark.slow
 def test_reports_are_reproducible():
     one, other = (check_halo(kto(reward=LogProb()), on_fail="report", max_examples=10) for _ in range(2))
     assert one.to_json() == other.to_json()

@@ -108,7 +108,7 @@ def work_of(config: Any) -> fake.Work:
     )
 
 
-@pytest.mark.parametrize("vocabulary", [64, 1024, 4096])
+@pytest.mark.parametrize("vocabulary", [64, *(pytest.param(size, marks=pytest.mark.slow) for size in (1024, 4096))])
 def test_a_deep_model_needs_what_its_layers_need(vocabulary: int) -> None:
     """The memory computed from two and three layers is that of a run through all of them, part by part.
 

@@ -204,6 +204,7 @@ def test_one_copy_of_the_indices_serves_all_layers(monkeypatch: pytest.MonkeyPat
     assert not any(layout.kept or layout.keep for layout in layouts)  # freed once the mismatched rows are computed
 
 
+@pytest.mark.slow
 def test_a_pass_copies_once_and_never_waits_for_the_device() -> None:
     """``on_fake_gpu.py`` fails where something reads a value from the device."""
     program = Path(__file__).with_name("on_fake_gpu.py")

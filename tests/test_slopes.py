@@ -418,6 +418,7 @@ def test_feedback_that_follows_the_slopes_rightly_passes():
     assert all("earlier" not in (row.reason or "") for row in check_halo(Binary(), max_examples=12).clauses)
 
 
+@pytest.mark.slow
 def test_a_loss_with_auto_has_the_verdict_of_the_loss():
     assert check_halo(auto(), max_examples=12).verdict == "halo (two-sided)"
 

@@ -65,6 +65,7 @@ def test_a_study_compares_what_it_says_with_another_model(
     _compares_what_it_says(load_study("ablations/value_functions", over))
 
 
+@pytest.mark.slow
 def test_studies_of_real_feedback_are_valid(
     shared_data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

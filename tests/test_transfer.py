@@ -75,6 +75,7 @@ def test_a_moved_batch_is_the_same() -> None:
     assert after.row_ids == before.row_ids
 
 
+@pytest.mark.slow
 def test_a_step_waits_for_the_device_once_before_the_optimizer_steps() -> None:
     """``step_on_fake_gpu.py`` fails where anything but ``tolist`` reads a value from the device."""
     program = Path(__file__).with_name("step_on_fake_gpu.py")
