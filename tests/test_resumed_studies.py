@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
-from run_halos import write_jsonl
+from run_halos import ROOT, pair_data, write_jsonl
 from tuned_studies import LR, OBJECTIVE, Fakes, faked, maker, pairs
 
 from halos_pl.cli.ablate import Parsers
 from halos_pl.cli.main import main
+from halos_pl.study import processes, report
 from halos_pl.study.preflight import check
 from halos_pl.study.read import load_study
 from halos_pl.study.recorded import RECORD, VALUES
@@ -299,3 +300,65 @@ def test_what_an_arm_is_trained_from_is_known_by_content_wherever_it_is(tiny_fol
     assert len({one, content("row"), content("weight")}) == 3
     arms = {"kto": {"objective": f"{OBJECTIVE}/kto.yaml", LR: 1.0, "trainer.gradient_clip_val": 3.0}}
     assert content("setting", arms=arms) != one
+
+
+@pytest.mark.slow
+def test_real_runs_of_two_machines_are_those_of_one(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, prompts and the rule are named by their content, and examples as on the first machine."""
+
+    def here(words: list[str], log: Path, env: Any, lock: Any = None) -> int:
+        main(words)
+        return 0
+
+    monkeypatch.setattr(processes, "run_command", here)
+    monkeypatch.setattr(report, "PICTURES", {})
+
+    def study(name: str, seeds: list[int]) -> Path:
+        here = tmp_path / name
+        (here / "data").mkdir(parents=True, exist_ok=True)
+        pair_data(here / "data/train.jsonl", 8, seed=0)
+        pair_data(here / f"data/held_out_{name}.jsonl", 6, seed=1)
+        (here / f"prompts_{name}.txt").write_text("one\ntwo why\nthree so\n")
+        (here / "rule.py").write_text("def even(answer, finished):\n    return len(answer) % 2 == 0\n")
+        content = {
+            "configs": [f"{ROOT}/experiments/base.yaml"],
+            "options": {
+                "model.policy.path": str(shutil.copytree(tiny_folder, here / "model", dirs_exist_ok=True)),
+                "data.train": str(here / "data/train.jsonl"),
+                "data.batch_size": 4,
+                "data.cache_dir": str(here / "cache"),
+                "trainer.accelerator": "cpu",
+                "trainer.max_steps": 2,
+                LR: 0.01,
+            },
+            "arms": {name: {"objective": f"{OBJECTIVE}/{name}.yaml"} for name in ("dpo", "kto")},
+            "seeds": seeds,
+            "evaluate": {
+                "held_out": [{"path": str(here / f"data/held_out_{name}.jsonl"), "rows": 5}],
+                "prompts": str(here / f"prompts_{name}.txt"),
+                "rule": f"{here}/rule.py:even",
+                "max_new_tokens": 4,
+            },
+            "metrics": ["reward_accuracy", "kl_held_out", "kl", "rule"],
+        }
+        (here / "study.yaml").write_text(yaml.safe_dump(content))
+        return here / "study.yaml"
+
+    def values(out: Path) -> list[dict[str, str]]:
+        # v is drawn over the outcomes of the runs that were there.
+        return [line for line in lines(out) if line["metric"] != "value_function"]
+
+    main(["ablate", str(study("one", [0, 1])), f"--out={tmp_path / 'whole'}"])
+    main(["ablate", str(study("one", [0])), f"--out={tmp_path / 'part'}"])
+    committed = commit(tmp_path / "part", tmp_path / "committed")
+    (tmp_path / "one").rename(tmp_path / "gone")
+    out = tmp_path / "out"
+    main(["ablate", str(study("two", [0, 1])), f"--out={out}", f"--resume_from={committed}"])
+    assert not (out / "kto" / "seed-0").exists()
+    assert values(out) == values(tmp_path / "whole")
+    assert {line["arm"] for line in lines(out)} == {"dpo", "kto", "before training", "fewer words wins"}
+    whole, record = (json.loads((folder / RECORD).read_text()) for folder in (tmp_path / "whole", out))
+    assert (record["verdicts"], record["missing"]) == (whole["verdicts"], [])
+    assert [made["names"] for made in record["made"]] == [["dpo/seed-0", "kto/seed-0", "dpo/seed-1", "kto/seed-1"]]
