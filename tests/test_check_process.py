@@ -106,6 +106,7 @@ def test_a_target_that_writes_to_every_descriptor_changes_no_verdict(tmp_path):
         assert "non_decreasing" in [c["clause"] for c in json.loads(done.stdout)["clauses"] if c["status"] == "failed"]
 
 
+@pytest.mark.slow
 def test_a_fork_of_the_target_gives_no_second_answer(file, capfd):
     code, out, _ = halos_check(capfd, f"{file}:Forks", "--json")
     assert code == 0

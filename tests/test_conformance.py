@@ -527,6 +527,7 @@ def test_sound_and_unsound_classes_outside_the_repository(own_file, capfd):
     assert "verdict: halo-shaped: fails non_decreasing" in out
 
 
+@pytest.mark.slow
 def test_objectives_by_name_and_path_and_classes_with_arguments(capfd):
     code, out, _ = halos_check(capfd, OBJECTIVES / "dpo.yaml")
     assert code == 0

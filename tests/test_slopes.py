@@ -409,6 +409,7 @@ def test_a_fault_that_only_a_history_shows_is_found(feedback, clause):
     assert "after" in row.witness
 
 
+@pytest.mark.slow
 def test_feedback_that_follows_the_slopes_rightly_passes():
     for feedback in (Following(), Binary(lambda_desirable="auto", rho=2.0)):
         report = check_halo(feedback, max_examples=12)
