@@ -376,3 +376,15 @@ KILLED = -signal.SIGKILL
 def close(a: float, b: float, rel: float = 1e-6, abs_: float = 1e-6) -> bool:
     """Equal up to float32's rounding of a sum."""
     return math.isclose(a, b, rel_tol=rel, abs_tol=abs_)
+
+
+def small_options(policy: Path, data: Path, **more: Any) -> dict[str, Any]:
+    """The options of a study whose runs take two steps of four rows; dotted options are given with ``**``."""
+    return {
+        "model.policy.path": str(policy),
+        "data.train": str(data),
+        "data.batch_size": 4,
+        "trainer.accelerator": "cpu",
+        "trainer.max_steps": 2,
+        **more,
+    }

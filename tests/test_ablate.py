@@ -22,7 +22,7 @@ import yaml
 from filelock import FileLock, Timeout
 from hypothesis import given
 from hypothesis import strategies as st
-from run_halos import ROOT, binary_data, line_of, pair_data
+from run_halos import ROOT, binary_data, line_of, pair_data, small_options
 
 from halos_pl.cli.ablate import Parsers
 from halos_pl.cli.main import main
@@ -65,15 +65,11 @@ def make(tiny_folder: Path, tmp_path: Path) -> Callable[..., Path]:
         content: dict[str, Any] = {
             "note": "does it matter?",
             "configs": [f"{ROOT}/experiments/base.yaml"],
-            "options": {
-                "model.policy.path": str(tiny_folder),
-                "data.train": str(tmp_path / "train.jsonl"),
-                "data.batch_size": 4,
-                "trainer.accelerator": "cpu",
-                "trainer.max_steps": 2,
-                "trainer.enable_progress_bar": False,
-                "model.optimizer.init_args.lr": 0.01,
-            },
+            "options": small_options(
+                tiny_folder,
+                tmp_path / "train.jsonl",
+                **{"trainer.enable_progress_bar": False, "model.optimizer.init_args.lr": 0.01},
+            ),
             "arms": {
                 name: {"objective": f"{ROOT}/experiments/objectives/{file}.yaml"}
                 for name, file in (("kto", "kto"), ("no loss aversion", "kto_identity"))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from run_halos import ROOT, UNEQUAL, fit, metrics, pair_data
+from run_halos import ROOT, UNEQUAL, fit, metrics, pair_data, small_options
 
 from halos_pl.common import spent
 from halos_pl.common.import_path import folder_last
@@ -139,15 +139,11 @@ def study_file(tiny_folder: Path, folder: Path, steps: int = 3) -> Path:
     (folder / "prompts.txt").write_text("one\ntwo why\nthree so\n")
     study = {
         "configs": [f"{ROOT}/experiments/base.yaml", f"{ROOT}/experiments/objectives/kto.yaml"],
-        "options": {
-            "model.policy.path": str(tiny_folder),
-            "data.train": pairs,
-            "data.batch_size": 4,
-            "trainer.accelerator": "cpu",
-            "trainer.max_steps": steps,
-            "trainer.max_epochs": -1,
-            "model.optimizer.init_args.lr": 0.01,
-        },
+        "options": small_options(
+            tiny_folder,
+            Path(pairs),
+            **{"trainer.max_steps": steps, "trainer.max_epochs": -1, "model.optimizer.init_args.lr": 0.01},
+        ),
         "arms": {"adapter": {"model.policy.lora": {"r": 2, "dropout": 0.1}}, "whole": {}},
         "seeds": [0],
         "evaluate": {"held_out": [pairs], "prompts": str(folder / "prompts.txt"), "max_new_tokens": 4},

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from run_halos import ROOT, write_jsonl
+from run_halos import ROOT, small_options, write_jsonl
 
 from halos_pl.cli.ablate import Parsers
 from halos_pl.evaluation.arguments import measuring
@@ -46,13 +46,7 @@ def maker(tiny_folder: Path, tmp_path: Path) -> Callable[..., Path]:
         }
         content: dict[str, Any] = {
             "configs": [f"{ROOT}/experiments/base.yaml"],
-            "options": {
-                "model.policy.path": str(tiny_folder),
-                "data.train": str(tmp_path / "train.jsonl"),
-                "data.batch_size": 4,
-                "trainer.accelerator": "cpu",
-                "trainer.max_steps": 2,
-            },
+            "options": small_options(tiny_folder, tmp_path / "train.jsonl"),
             "arms": {
                 "kto": {"objective": f"{OBJECTIVE}/kto.yaml"},
                 "other": {"objective": f"{OBJECTIVE}/kto_identity.yaml", "tune": [0.1, 0.2]},

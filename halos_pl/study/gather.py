@@ -137,9 +137,9 @@ def describe(study: Study, out: Path) -> Recorded:
             verdicts[arm.name] = reports(module.objective)["icml"].verdict
             drawn = any("value_function" in earlier.figures(run) for run in recorded if run.arm is arm)
             if (
-                module.objective.halo is not None
+                not drawn
+                and module.objective.halo is not None
                 and (curve := _value_curve(module.objective.halo, [values[arm.name, r.seed] for r in of_arm]))
-                and not drawn
             ):
                 key = arm.name, of_arm[0].seed
                 values[key] = {**values[key], "value_function": curve}

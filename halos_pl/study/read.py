@@ -14,6 +14,7 @@ from halos_pl.common.yaml_files import Lines, YAMLFileError, read_yaml
 from halos_pl.evaluation.evaluate import ARGUMENTS
 from halos_pl.evaluation.metrics import BY_JUDGE, CODE, METRICS, RATIOS, is_share
 from halos_pl.study.grid import OBJECTIVE, TUNE, GridPoint, Place, grid
+from halos_pl.study.known_keys import refuse_unknown
 from halos_pl.study.read_control import KEYS as CONTROL
 from halos_pl.study.read_control import read_control
 from halos_pl.study.read_tune import read_tune, seeds_of
@@ -164,9 +165,7 @@ class _Reader:
                 raise self.fault(f"unknown key {key!r}; a study has {', '.join(KEYS)}", key)
         arms = self._arms()
         evaluate = self.get("evaluate", dict, {})
-        for key in evaluate:
-            if key not in ARGUMENTS:
-                raise self.fault(f"unknown key {key!r} of evaluate; it takes {', '.join(ARGUMENTS)}", "evaluate", key)
+        refuse_unknown(evaluate, "evaluate", ARGUMENTS, self.fault)
         baseline = self.get("baseline", str, arms[0].name)
         if baseline not in [arm.name for arm in arms]:
             names = ", ".join(arm.name for arm in arms)
@@ -331,9 +330,7 @@ class _Reader:
 
     def _power(self, primary: str) -> dict[str, Any]:
         settings: dict[str, Any] = self.get("power", dict, None) or {}
-        for key in settings:
-            if key not in POWER:
-                raise self.fault(f"unknown key {key!r} of power; it takes {', '.join(POWER)}", "power", key)
+        refuse_unknown(settings, "power", POWER, self.fault)
         effect = {}
         if "effect" in settings:
             effect = {"effect": self._size(settings["effect"], "power.effect", primary, "power", "effect")}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from halos_pl.evaluation.metrics import METRICS, is_share, metric_of
+from halos_pl.study.known_keys import refuse_unknown
 from halos_pl.study.spec import Control, StudyError
 
 KEYS = ("study", "arm", "metric", "at_least")
@@ -23,9 +24,7 @@ def read_control(given: Mapping[str, Any], fault: Callable[..., StudyError]) -> 
     Raises:
         StudyError: names the line at fault.
     """
-    for key in given:
-        if key not in KEYS:
-            raise fault(f"unknown key {key!r} of control; it takes {', '.join(KEYS)}", "control", key)
+    refuse_unknown(given, "control", KEYS, fault)
     for key, what in {"study": "the folder of a study's results", "arm": "one of its arms"}.items():
         if not isinstance(given.get(key), str) or not given[key]:
             raise fault(f"control.{key} is {given.get(key)!r}; it takes {what}", "control", key)

@@ -8,6 +8,7 @@ from typing import Any
 
 from halos_pl.evaluation.metrics import BY_JUDGE, CODE, METRICS
 from halos_pl.study.grid import TUNE, GridPoint
+from halos_pl.study.known_keys import refuse_unknown
 from halos_pl.study.spec import StudyError
 from halos_pl.study.tune import Tune, Value, is_numeric
 from halos_pl.tasks.options import OPTIONS
@@ -54,9 +55,7 @@ def read_tune(
     Raises:
         StudyError: names the line at fault.
     """
-    for key in given:
-        if key not in KEYS:
-            raise fault(f"unknown key {key!r} of tune; it takes {', '.join(KEYS)}", "tune", key)
+    refuse_unknown(given, "tune", KEYS, fault)
     option = given.get("option")
     if not isinstance(option, str) or "." not in option:
         why = f"tune.option is {option!r}; it takes an option of halos fit, such as model.optimizer.init_args.lr"
