@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
+from halos_pl.policy.cast_once import cast as weight_in
 from halos_pl.policy.sharding import plain_type
 
 LOGITS = 1 << 23  # maximum number of logits in memory at a time on a CPU (32 MB in float32)
@@ -70,7 +71,7 @@ class _LogProbs(torch.autograd.Function):
         keep: bool,
     ) -> Tensor:
         logps, sums, last = [], [], None
-        cast = weight.to(dtype)
+        cast = weight_in(weight, dtype)
         for h, t in zip(hidden.to(dtype).tensor_split(parts), targets.tensor_split(parts), strict=True):
             last = None  # freed before the next part is computed
             logits = _logits(h, cast)
@@ -91,7 +92,7 @@ class _LogProbs(torch.autograd.Function):
         hidden, weight, targets, sums = ctx.saved_tensors
         dtype, parts = ctx.dtype, ctx.parts
         into_hidden, into_weight = ctx.needs_input_grad[:2]
-        cast, cast_hidden = weight.to(dtype), hidden.to(dtype)
+        cast, cast_hidden = weight_in(weight, dtype), hidden.to(dtype)
         # With one part, the product is the gradient itself; several are accumulated in float32.
         total: Tensor | None = None
         slopes = []

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from halos_pl.batch import Needs, TokenBatch
 from halos_pl.policy import prefix_sharing
 from halos_pl.policy.architecture import attention_function, base_model, decoder_and_head, rotary_frequencies
+from halos_pl.policy.cast_once import cast_once
 from halos_pl.policy.compilation import compile_layers, compiles_whole
 from halos_pl.policy.liger import apply_liger, check_liger
 from halos_pl.policy.logprobs import Scores, padded_logits, padded_scores
@@ -90,6 +91,8 @@ class Scorer(nn.Module):
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             self._test()
             self._test_scalar_head()
+        if self.device.type == "cpu" and not compiled:
+            cast_once(model)
 
     @property
     def _kernels(self) -> tuple[str, torch.dtype | None]:
@@ -255,7 +258,9 @@ class Scorer(nn.Module):
         dtype = next(self.model.parameters()).dtype
         gathered = (f"gathered in {gathered_dtype(self.model)}",) if is_sharded(self.model) else ()
         buffers = {module._buffers[name].dtype for module, name, _ in self._frequencies} - {dtype}  # type: ignore[union-attr]
-        kernels = ("liger",) if self._options["liger"] else ()
+        kernels = ["liger"] if self._options["liger"] else []
+        if device == "cpu" and self.shares_prefixes and (autocast or dtype).itemsize == 2:
+            kernels.append("attention in float32")
         return (dtype, autocast, *gathered, *buffers, device, torch.get_float32_matmul_precision(), *kernels)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Scorer:

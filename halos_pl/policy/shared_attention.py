@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import accumulate
@@ -246,16 +247,23 @@ def loop(
     window: int | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Two calls of torch's attention for each prefix: the prompt with its first completion, and the others."""
-    groups = query.shape[1] // key.shape[1]
+    """Two calls of torch's attention for each prefix: the prompt with its first completion, and the others.
+
+    On a CPU, in float32: there, the backward pass of torch's attention takes two to four times as long in bfloat16.
+    """
+    groups, dtype = query.shape[1] // key.shape[1], _dtype(query)
+    widened = query.device.type == "cpu" and dtype.itemsize == 2
+    if widened:
+        query, key, value = query.float(), key.float(), value.float()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         shared = groups > 1 and q.device.type == "cpu"  # elsewhere, not every kernel with a mask shares heads
         if groups > 1 and not shared:
             k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=mask is None, enable_gqa=shared
-        )
+        with torch.autocast("cpu", enabled=False) if widened else nullcontext():
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=mask is None, enable_gqa=shared
+            )
 
     # Split, not sliced: the backward pass of each slice would allocate zeros for the whole sequence.
     sizes = [prefix.own for prefix in layout.prefixes]
@@ -264,7 +272,7 @@ def loop(
         rest = tuple(b - a for a, b in prefix.branches)
         if prefix.earlier:
             assert layout.earlier is not None
-            k_prompt, v_prompt = (x[:, :, slice(*prefix.prompt)] for x in layout.earlier.kept[layer])
+            k_prompt, v_prompt = (x[:, :, slice(*prefix.prompt)].to(query.dtype) for x in layout.earlier.kept[layer])
         else:
             # The prompt and its first completion form one causal sequence, which needs no mask.
             n, rest = prefix.before + sum(rest[:1]), rest[1:]
@@ -282,7 +290,8 @@ def loop(
             narrow_window = window if window is not None and prefix.before + max(rest) > window else None
             joined = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
             out.append(attend(q, *joined, layout.mask(prefix.before, rest, narrow_window, query.device)))
-    return torch.cat(out, dim=2).transpose(1, 2).contiguous()
+    joined_out = torch.cat(out, dim=2).transpose(1, 2).contiguous()
+    return joined_out.to(dtype) if widened else joined_out
 
 
 def _inputs(layout: Layout, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
