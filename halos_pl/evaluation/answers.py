@@ -77,11 +77,13 @@ def _key(
     start: bool,
     sampling: dict[str, Any],
 ) -> str:
-    """A hash of everything that affects the samples: weights, prompts, stop tokens, settings, code and device."""
+    """A hash of everything that affects the samples: weights, prompts, stop tokens, settings, code, device and
+    autocast."""
     weights = weights_fingerprint(model) if start else model_fingerprint(model)
     origin, device = provenance(), next(model.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    code = [origin["revision"], origin["halos_pl"], origin["versions"], name, torch.get_num_threads()]
+    autocast = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None
+    code = [origin["revision"], origin["halos_pl"], origin["versions"], name, torch.get_num_threads(), autocast]
     ends = [ends_of(model, tokenizer), tokenizer.pad_token_id]
     return hashlib.sha256(json.dumps([weights, prompts, ends, sampling, code]).encode()).hexdigest()[:32]
 

@@ -23,7 +23,7 @@ from halos_pl.tasks.raw import folder_of
 #: Arguments that older versions lacked, and so did not record.
 LATER = (
     *("ckpt_path", "reference", "prompt_column", "text_prompts", "chat_template", "win_rate"),
-    *("tasks", "suite", *OPTIONS),
+    *("tasks", "suite", "precision", *OPTIONS),
 )
 #: Arguments that matter for a win rate only.
 FOR_WIN_RATES = ("against", "endpoint", "judging", "alpaca_data", "mt_bench")

@@ -48,6 +48,7 @@ def evaluate(
     max_new_tokens: int = 64,
     temperature: float = 0.7,
     batch_size: int = 16,
+    precision: Literal["32-true", "bf16-mixed", "as_trained"] | None = None,
     seed: int = 0,
     ckpt_path: str | None = None,
     win_rate: str | None = None,
@@ -96,6 +97,9 @@ def evaluate(
         max_new_tokens: maximum tokens of an answer.
         temperature: sampling temperature.
         batch_size: rows or answers per batch.
+        precision: precision of the passes, as in trainer.precision: bf16-mixed is several times as fast where the
+            processor has bfloat16 instructions, as_trained is that of the run's training. Log-probs are float32 in any
+            case. Default: the dtype of the weights.
         seed: sampling seed.
         ckpt_path: a checkpoint of the run other than the last: best (according to its ModelCheckpoint), or a file.
         win_rate: a judge at an endpoint that compares or grades the answers: alpaca_eval2, mt_bench_pair,
@@ -135,6 +139,7 @@ def evaluate(
     from halos_pl.evaluation.arguments import check_arguments, inputs_of, measuring
     from halos_pl.evaluation.judging import judged_by
     from halos_pl.evaluation.measurement import Task, measure, output_folder, with_chat_template
+    from halos_pl.evaluation.precision import computing_in, precision_of
     from halos_pl.evaluation.win_rates import win_rates_of
     from halos_pl.policy.spec import ModelError
     from halos_pl.provenance import provenance
@@ -150,6 +155,7 @@ def evaluate(
     compared = named_model(reference) if reference else None
     if judge and not compared and not named.run:
         raise DataError(f"--judge needs a reference to compare with, as {model} is not a run; set --reference")
+    passes = computing_in(precision_of(named, precision))
     folder = output_folder(named, out, inputs_of(model, arguments), win_rates)
     connection = win_rates.connect(folder) if win_rates else None
     how = measuring(arguments) | {"by": provenance()}  # hash the files before they are read
@@ -202,9 +208,11 @@ def evaluate(
     has_reference = True
     if data or rows:
         task = Task(data, beta, rows, functions, sampling, win_rates, connection, opponent)
-        values, before, has_reference = measure(named, compared, task, folder)
+        with passes():
+            values, before, has_reference = measure(named, compared, task, folder)
     if prepared:
-        scores, scores_before = prepared.measure(folder / BENCHMARKS, folder / BENCHMARKS_BEFORE)
+        with passes():
+            scores, scores_before = prepared.measure(folder / BENCHMARKS, folder / BENCHMARKS_BEFORE)
         values, before = values | scores, before | scores_before
     # Files from an earlier evaluation would pass for this one's.
     judged = win_rates is not None

@@ -34,6 +34,7 @@ class NamedModel:
         text: the run's settings for encoding text (``TEXT_SETTINGS``), or their defaults.
         chat_template: the text of a chat template to use instead of the model's.
         gives_scalars: whether it is the run of a reward model.
+        precision: the Trainer's precision in the run's training, as in its config; None for other models.
     """
 
     name: str
@@ -43,6 +44,7 @@ class NamedModel:
     text: dict[str, Any]
     chat_template: str | None = None
     gives_scalars: bool = False
+    precision: Any = None
 
     def text_settings(self, **overrides: Any) -> dict[str, Any]:
         """The settings for encoding text: ``overrides`` that are not None, otherwise those of the run's training."""
@@ -124,8 +126,9 @@ def named_model(
         checkpoint = find_checkpoint(folder, ckpt_path)  # now, as a better one may be saved before it is loaded
         if ckpt_path not in (None, "last", "best"):
             _refuse_other_run(folder, checkpoint)
-        text = text_settings(read_yaml(folder / CONFIG)[0].get("data") or {})
-        return NamedModel(name, spec, folder, str(checkpoint), text, template, gives_scalars)
+        config = read_yaml(folder / CONFIG)[0]
+        text, precision = text_settings(config.get("data") or {}), (config.get("trainer") or {}).get("precision")
+        return NamedModel(name, spec, folder, str(checkpoint), text, template, gives_scalars, precision)
     if ckpt_path is not None:
         raise ModelError(f"{name} is not the folder of a run, so it has no checkpoint {ckpt_path}")
     others = [file for kind in ("*.gguf", f"*/{ADAPTER_CONFIG}") for file in folder.glob(kind)]
