@@ -187,5 +187,6 @@ NOT_SETTINGS = ("ckpt_path", "batch_size")
 def _settings(how: Mapping[str, Any], shared: Collection[str]) -> dict[str, Any]:
     """All arguments that are set, and how the ``shared`` benchmarks were measured; defaults may not be recorded."""
     chosen = {key: value for key, value in how.get("evaluate", {}).items() if value is not None and value is not False}
+    chosen["precision"] = how.get("precision", "32-true")  # not the argument, which may be as_trained
     tasks = {f"{name}.{key}": value for name in shared for key, value in how["tasks"][name].items()}
     return chosen | {key: value for key, value in tasks.items() if not key.endswith(".trained_on")}

@@ -155,10 +155,11 @@ def evaluate(
     compared = named_model(reference) if reference else None
     if judge and not compared and not named.run:
         raise DataError(f"--judge needs a reference to compare with, as {model} is not a run; set --reference")
-    passes = computing_in(precision_of(named, precision))
+    used = precision_of(named, precision)
+    passes = computing_in(used)
     folder = output_folder(named, out, inputs_of(model, arguments), win_rates)
     connection = win_rates.connect(folder) if win_rates else None
-    how = measuring(arguments) | {"by": provenance()}  # hash the files before they are read
+    how = measuring(arguments) | {"precision": used, "by": provenance()}  # hash the files before they are read
     if named.ckpt_path:
         how["step"] = step_of(Path(named.ckpt_path))
     if folder != named.run:

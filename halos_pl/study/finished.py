@@ -18,6 +18,8 @@ from halos_pl.study.spec import Run, Study
 
 #: Values by metric and example.
 Metrics = dict[str, dict[str, float]]
+#: Parts of the record of an evaluation that may differ between runs; its precision may be that of the training.
+NOT_THE_SAME = ("by", "step", "seconds", "precision")
 #: Settings that differ from run to run: its seed and its folder.
 PER_RUN = ("run_dir", "seed_everything", "default_root_dir")
 
@@ -91,7 +93,7 @@ def _made_otherwise(runs: Iterable[Run]) -> dict[Run, str]:
     measured = {}
     for run in runs:
         arms[run.arm.title].append(run)
-        how = {key: value for key, value in measured_how(run.folder).items() if key not in ("by", "step", "seconds")}
+        how = {key: value for key, value in measured_how(run.folder).items() if key not in NOT_THE_SAME}
         # A run that was trained on a benchmark's questions lacks that metric, which is reported as such.
         measured[run] = {k: json.dumps(v) for k, v in _leaves(how).items() if not k.endswith(".trained_on")}
     for why, settings in [

@@ -1,0 +1,61 @@
+"""The precision of an evaluation: that of the weights, bfloat16, or that of the run's training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_halos import fit, one_error, pair_data
+
+from halos_pl.cli.main import main
+from halos_pl.evaluation.compare import differences
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that were trained in each precision, data and prompts."""
+    folder = tmp_path_factory.mktemp("precision")
+    data = pair_data(folder / "pairs.jsonl")
+    (folder / "prompts.txt").write_text("question one\nquestion two\n")
+    for name in ("32-true", "bf16-mixed", "bf16-true"):
+        options = ("--trainer.max_steps=2", "--model.policy.lora.r=2", f"--trainer.precision={name}")
+        main(fit(tiny_folder, "dpo", data, folder / name, *options))
+    return folder
+
+
+def measured(runs: Path, run: str, *options: str) -> tuple[Any, Path]:
+    out = runs / "-".join([run, *options, "measured"]).replace("=", "")
+    words = [f"--held_out={runs / 'pairs.jsonl'}", f"--prompts={runs / 'prompts.txt'}", "--max_new_tokens=4"]
+    main(["evaluate", str(runs / run), *words, f"--out={out}", *options])
+    return json.loads((out / "evaluation.json").read_text()), out
+
+
+def test_log_probs_are_those_of_the_precision(runs: Path) -> None:
+    exact, first = measured(runs, "32-true")
+    assert measured(runs, "32-true", "--precision=as_trained")[0] == exact
+    assert measured(runs, "32-true", "--precision=32-true")[0] == exact
+    half, second = measured(runs, "32-true", "--precision=bf16-mixed")
+    for row, value in exact["nll_desirable"].items():
+        assert value == pytest.approx(half["nll_desirable"][row], rel=0.02)
+    assert exact["nll_desirable"] != half["nll_desirable"]
+    assert exact["kl_held_out"].keys() == half["kl_held_out"].keys()
+    assert differences(first, first) == []
+    assert any(line.startswith("precision differs: 32-true in") for line in differences(first, second))
+
+
+def test_as_trained_is_the_precision_of_the_training(runs: Path) -> None:
+    half, first = measured(runs, "bf16-mixed", "--precision=as_trained")
+    same, second = measured(runs, "bf16-mixed", "--precision=bf16-mixed")
+    assert half == same
+    assert measured(runs, "bf16-mixed")[0] != half
+    assert differences(first, second) == []
+    _, exact = measured(runs, "32-true", "--precision=as_trained")
+    assert any("precision differs: bf16-mixed in" in line for line in differences(first, exact))
+
+
+def test_as_trained_needs_a_run_of_such_a_precision(runs: Path, tiny_folder: Path, capfd: Any) -> None:
+    for model, named in ((runs / "bf16-true", "bf16-true"), (tiny_folder, tiny_folder.name)):
+        words = ["evaluate", str(model), f"--held_out={runs / 'pairs.jsonl'}", "--precision=as_trained"]
+        assert named in one_error(words, capfd)
