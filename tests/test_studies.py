@@ -16,7 +16,7 @@ from run_halos import ROOT, metrics, pair_data
 
 from halos_pl.cli.ablate import Parsers
 from halos_pl.cli.main import main
-from halos_pl.common.experiments import EXPERIMENTS, presets
+from halos_pl.common.experiments import EXPERIMENTS, presets, shipped_name
 from halos_pl.study.preflight import check
 from halos_pl.study.read import load_study
 from halos_pl.study.spec import Study, StudyError
@@ -222,3 +222,8 @@ def test_the_papers_settings_take_a_step(objective: str, tiny_folder: Path, tmp_
     options += ["--data.validation=null", "--trainer.max_steps=1", "--trainer.accelerator=cpu"]
     main([*_words("pythia_2.8b", objective), *options, f"--run_dir={tmp_path}/run"])
     assert len(metrics(tmp_path / "run")) == 1
+
+
+def test_a_record_names_a_shipped_study_as_any_machine_can() -> None:
+    assert shipped_name(str(EXPERIMENTS / "ablations/beta.yaml")) == "ablations/beta"
+    assert shipped_name("mine/beta.yaml") == "mine/beta.yaml"

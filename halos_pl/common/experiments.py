@@ -43,6 +43,11 @@ def is_shipped(path: str | Path) -> bool:
     return EXPERIMENTS in Path(path).resolve().parents
 
 
+def shipped_name(path: str) -> str:
+    """The name of a shipped config, which any folder and machine knows; another path as it is."""
+    return next((name for name, file in presets().items() if file.resolve() == Path(path).resolve()), path)
+
+
 def config_file(name: str, shipped: dict[str, Path], option: str) -> Path:
     """The config file with this path or name.
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from halos_pl.common.experiments import shipped_name
 from halos_pl.conformance.check import reports
 from halos_pl.evaluation.files import measured_how
 from halos_pl.evaluation.metrics import BY_JUDGE
@@ -217,9 +218,10 @@ def _record(study: Study, out: Path, ended: list[Run], earlier: Earlier) -> dict
     # All runs are measured on the same data.
     how = next((measured_how(run.folder) for run in own if not run.trial), None)
     measured = earlier.record.get("measured", {}) if how is None else measured_on(how)
+    overrides = plan["overrides"] if plan else study.overrides
     record: dict[str, Any] = {
-        "study": plan.get("study", str(study.path)),
-        "overrides": plan["overrides"] if plan else None if study.overrides is None else str(study.overrides),
+        "study": shipped_name(plan.get("study", str(study.path))),
+        "overrides": None if overrides is None else shipped_name(str(overrides)),
         "out": str(out),
         "primary": plan.get("primary"),
         "anyway": plan.get("anyway"),
