@@ -1,6 +1,6 @@
 """Finding 1: at equal rho, does the value function change the KL? Prints every number of docs/findings/rho.md.
 
-    python experiments/ablations/rho_finding.py FOLDER [FOLDER ...] [--plot FILE]
+    python experiments/ablations/rho_finding.py FOLDER [FOLDER ...] [--plot FILE] [--write PAGE]
 
 A FOLDER has the report of ``ablations/rho`` or ``ablations/rho_beta_1``, finished or not: the script reads its
 ``values.csv.gz``. Hypothesis, metric and decision rule are in the head of rho.yaml.
@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from computed import replace_computed
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -178,7 +179,8 @@ class Finding:
 
     def lines(self) -> Iterator[str]:
         for each in self.contrasts:
-            yield f"power, {each.function}: {each.power:.2f} to find equivalence within a factor of {MARGIN}"
+            yield f"- power, {each.function}: {each.power:.2f} to find equivalence within a factor of {MARGIN}"
+        yield ""
         yield "| value function | target rho | achieved | KL, nats | |"
         yield "|---|---|---|---|---|"
         for arm in self.arms:
@@ -187,13 +189,14 @@ class Finding:
             yield f"| {arm.function} | {arm.target:g} | {arm.mean_rho:.3g} | {kl} | {off} |"
         if self.kept:
             shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.explained().items())
-            yield f"variance of log KL, seeds apart: {shares}"
+            yield ""
+            yield f"- variance of log KL, seeds apart: {shares}"
         for each in self.contrasts:
             yield (
-                f"{each.function} / {BASELINE}: KL ratio {each.ratio:.3f} [{each.low:.3f}, {each.high:.3f}]:"
+                f"- {each.function} / {BASELINE}: KL ratio {each.ratio:.3f} [{each.low:.3f}, {each.high:.3f}]:"
                 f" {each.decision}"
             )
-        yield f"hypothesis: {self.decision}"
+        yield f"- hypothesis: {self.decision}"
 
 
 def read_arms(folder: Path) -> list[Arm]:
@@ -248,14 +251,18 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--plot", type=Path, help="PNG file to write")
+    parser.add_argument("--write", type=Path, help="page whose computed part to replace")
     args = parser.parse_args(words)
-    findings = {}
+    findings, computed = {}, []
     for folder in args.folders:
         try:
             findings[folder.name] = finding = Finding(read_arms(folder))
         except (OSError, StudyError) as error:
             sys.exit(f"rho_finding: {error}")
-        print(f"\n{folder.name}", *finding.lines(), sep="\n")
+        computed += [f"### {folder.name}", "", *finding.lines(), ""]
+    print("\n".join(computed))
+    if args.write:
+        replace_computed(args.write, computed[:-1])
     if args.plot:
         plot(findings, args.plot)
 

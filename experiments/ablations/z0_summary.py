@@ -24,16 +24,14 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from computed import replace_computed
 from numpy.typing import NDArray
 from scipy.stats import t as student
 from z0_bias import BLOCK, MISMATCHED, SAMPLES, Line, lines_of
 
-from halos_pl.common.files import write
-
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-BEGIN, END = "<!-- computed -->", "<!-- end of what is computed -->"
 #: Random sets of blocks for each batch size.
 SETS = 4000
 
@@ -273,7 +271,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("values", type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="rows of a batch")
     parser.add_argument("--figure", type=Path)
-    parser.add_argument("--write", type=Path, help=f"page in which the text between {BEGIN} and {END} is replaced")
+    parser.add_argument("--write", type=Path, help="page whose computed part to replace")
     args: Any = parser.parse_args(words)
     try:
         found = summaries(read(args.values), args.sizes)
@@ -282,9 +280,7 @@ def main(words: Sequence[str] | None = None) -> None:
     computed = [*markdown(found), "", *decisions(found)]
     print("\n".join(computed))
     if args.write:
-        text = args.write.read_text(encoding="utf-8")
-        head, _, rest = text.partition(BEGIN)
-        write(args.write, head + "\n".join([BEGIN, "", *computed, ""]) + "\n" + END + rest.partition(END)[2])
+        replace_computed(args.write, computed)
     if args.figure:
         draw(found, args.figure)
 
