@@ -12,7 +12,7 @@ from halos_pl.study.run_variance import Runs
 
 sys.path.insert(0, str(ROOT / "experiments/ablations"))
 
-from rho_finding import MARGIN, Arm, Finding
+from rho_finding import MARGIN, Arm, Finding, rate_at
 
 TARGETS, SEEDS, EXAMPLES = (0.5, 1.0, 2.0, 4.0), (0, 1, 2), 40
 
@@ -65,3 +65,10 @@ def test_shares_of_the_variance_sum_to_one_and_rho_explains_what_it_causes() -> 
     shares = simulated(np.random.default_rng(3), 1.0, 0.01, 0.0).explained()
     assert abs(sum(shares.values()) - 1) < 1e-9
     assert shares["log rho"] > 0.99
+
+
+def test_the_rate_for_a_divergence_is_that_of_the_power_law_through_the_runs() -> None:
+    rates = [1e-4, 2e-4, 4e-4]
+    for power, scale in ((2.0, 3e7), (3.5, 1e13), (2.0, 1e6), (2.0, 1e9)):  # the last two need rates outside the grid
+        kl = [scale * rate**power for rate in rates]
+        assert abs(rate_at(rates, kl) / scale ** (-1 / power) - 1) < 1e-9

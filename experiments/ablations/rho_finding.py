@@ -1,9 +1,11 @@
 """Finding 1: at equal rho, does the value function change the KL? Prints every number of docs/findings/rho.md.
 
     python experiments/ablations/rho_finding.py FOLDER [FOLDER ...] [--plot FILE] [--write PAGE]
+    python experiments/ablations/rho_finding.py --rates FOLDER
 
 A FOLDER has the report of ``ablations/rho`` or ``ablations/rho_beta_1``, finished or not: the script reads its
-``values.csv.gz``. Hypothesis, metric and decision rule are in the head of rho.yaml.
+``values.csv.gz``. Hypothesis, metric and decision rule are in the head of rho.yaml. ``--rates`` prints the learning
+rates that the report of ``ablations/rho_rates`` gives for both.
 """
 
 from __future__ import annotations
@@ -226,6 +228,44 @@ def read_arms(folder: Path) -> list[Arm]:
     return arms
 
 
+def rate_at(rates: Sequence[float], kl: Sequence[float], target: float = 1.0) -> float:
+    """The rate with a KL divergence of ``target`` nats, on a line through two neighbours on log scales.
+
+    Args:
+        rates: learning rates in ascending order.
+        kl: KL divergence at each, nats.
+        target: outside the range of ``kl``, the line goes through the two nearest rates.
+    """
+    x, y = np.log(rates), np.log(kl)
+    i = int(np.clip(np.searchsorted(y, math.log(target)), 1, len(y) - 1))
+    slope = (x[i] - x[i - 1]) / (y[i] - y[i - 1])
+    return math.exp(x[i] + slope * (math.log(target) - y[i]))
+
+
+def rate_lines(folder: Path) -> Iterator[str]:
+    """For each value function and beta, the KL divergence at each rate, and the rate for 1 nat.
+
+    Raises:
+        StudyError: if the folder has no values, or an arm is not named after its rate.
+    """
+    study = load_study(folder / "study.yaml")
+    results = Results(study, folder, read_recorded(study, folder))
+    found: dict[str, dict[float, float]] = {}
+    for arm in results.study.arms:
+        name, _, rate = arm.name.partition(" lr=")
+        values = results.values(METRIC, arm, results.seeds(arm))
+        if not rate:
+            raise StudyError(f"{folder}: arm {arm.name!r} is not named as 'FUNCTION beta=NUMBER lr=NUMBER'")
+        if values is not None:
+            found.setdefault(name, {})[float(rate)] = float(values.mean())
+    yield "| value function | KL, nats, at each rate | rate for 1 nat |"
+    yield "|---|---|---|"
+    for name, by_rate in found.items():
+        kl = ", ".join(f"{rate:g}: {by_rate[rate]:.3g}" for rate in sorted(by_rate))
+        best = f"{rate_at(sorted(by_rate), [by_rate[r] for r in sorted(by_rate)]):.2e}" if len(by_rate) > 1 else ""
+        yield f"| {name} | {kl} | {best} |"
+
+
 def plot(findings: Mapping[str, Finding], path: Path) -> None:
     """KL against achieved rho, a panel per study and a point per run."""
     from matplotlib.figure import Figure
@@ -250,16 +290,22 @@ def plot(findings: Mapping[str, Finding], path: Path) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--rates", action="store_true", help="print learning rates instead")
     parser.add_argument("--plot", type=Path, help="PNG file to write")
     parser.add_argument("--write", type=Path, help="page whose computed part to replace")
     args = parser.parse_args(words)
     findings, computed = {}, []
     for folder in args.folders:
         try:
+            if args.rates:
+                print("\n".join(rate_lines(folder)))
+                continue
             findings[folder.name] = finding = Finding(read_arms(folder))
         except (OSError, StudyError) as error:
             sys.exit(f"rho_finding: {error}")
         computed += [f"### {folder.name}", "", *finding.lines(), ""]
+    if args.rates:
+        return
     print("\n".join(computed))
     if args.write:
         replace_computed(args.write, computed[:-1])
