@@ -22,7 +22,7 @@ from halos_pl.run_dir import CONFIG
 from halos_pl.study.choice import choices
 from halos_pl.study.control import measured_on
 from halos_pl.study.earlier import Earlier, read_earlier
-from halos_pl.study.finished import finished, summary
+from halos_pl.study.finished import config_of, finished, summary
 from halos_pl.study.recorded import AMOUNTS, Figures, Key, Recorded
 from halos_pl.study.spec import Run, Study
 from halos_pl.study.state import BY_CONTENT, PLAN, failure, state
@@ -129,13 +129,18 @@ def describe(study: Study, out: Path) -> Recorded:
     done = [run for run in runs if (run.arm.name, run.seed) in values]
     known = earlier.record.get("verdicts", {})
     verdicts = {run.arm.name: known[run.arm.name] for run in recorded if run.arm.name in known}
+    checked: dict[str, str] = {}  # verdict by objective, as arms may differ in other settings
+    parts: dict[Any, Any] = {}
     for arm in study.arms:
         of_arm = [run for run in done if run.arm is arm and run not in recorded]
         module = module_of_run(of_arm[0].folder) if of_arm and (of_arm[0].folder / CONFIG).is_file() else None
         for run in of_arm:
             values[arm.name, run.seed] = {**values[arm.name, run.seed], **_training(run, module)}
         if module is not None:
-            verdicts[arm.name] = reports(module.objective)["icml"].verdict
+            objective = _objective(of_arm[0])
+            if objective not in checked:
+                checked[objective] = reports(module.objective, shared=parts)["icml"].verdict
+            verdicts[arm.name] = checked[objective]
             drawn = any("value_function" in earlier.figures(run) for run in recorded if run.arm is arm)
             if (
                 not drawn
@@ -159,6 +164,19 @@ def describe(study: Study, out: Path) -> Recorded:
         chosen = {each.arm: each.value for each in decisions}
         record["tuning"] = {"option": study.tune.option, "examples": tuning.examples, "chosen": chosen}
     return Recorded(values, record, tuning.means)
+
+
+#: Settings of ``model`` that are no part of its objective.
+NO_PART = (
+    *("policy", "optimizer", "lr_schedule", "warmup_ratio", "master_weights"),
+    *("reference_store", "micro_batch_rows", "prefix_sharing"),
+)
+
+
+def _objective(run: Run) -> str:
+    """The settings of a run's objective, as JSON."""
+    model = config_of(run).get("model") or {}
+    return json.dumps({key: value for key, value in model.items() if key not in NO_PART}, sort_keys=True, default=str)
 
 
 def _training(run: Run, module: HALOModule | None) -> dict[str, dict[str, float]]:
