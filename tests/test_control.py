@@ -121,10 +121,24 @@ def test_a_control_that_holds_is_stated_and_changes_nothing_else(seeds: int, tmp
     assert [line for line in headline(results) if line != stated] == headline(freed)
 
 
-def test_a_control_may_have_a_control_even_itself(tmp_path: Path) -> None:
+def test_a_control_may_have_a_control_but_no_study_is_its_own(tmp_path: Path) -> None:
     own = {"study": str(tmp_path / "study"), "arm": "dpo", "metric": METRIC, "at_least": 0.6}
-    place = recorded(tmp_path / "study", {"dpo": 0.7, "kto": 0.5}, control=own)
-    assert Results(load_study(place / "study.yaml"), place).claims
+    recorded(tmp_path / "first", {"dpo": 0.8})
+    recorded(tmp_path / "control", {"dpo": 0.7}, control={**own, "study": str(tmp_path / "first")})
+    assert study_with(tmp_path / "other", tmp_path / "control").claims
+    for name in ("study", "copy"):
+        place = recorded(tmp_path / name, {"dpo": 0.7, "kto": 0.5}, control=own)
+        with pytest.raises(StudyError, match="the arms of this study itself"):
+            first_line(Results(load_study(place / "study.yaml"), place))
+
+
+@pytest.mark.parametrize("file", ["study.yaml", "record.json", "values.csv.gz"])
+def test_a_damaged_control_is_none(file: str, tmp_path: Path) -> None:
+    control = recorded(tmp_path / "control", {"dpo": 0.9})
+    (control / file).write_text("[")
+    found = study_with(tmp_path / "study", control)
+    assert not found.claims
+    assert "claims nothing" in first_line(found)
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -175,9 +189,26 @@ def test_a_control_on_other_data_is_refused(tmp_path: Path) -> None:
     # The digests are those of the evaluation.
     file = tmp_path / "pairs.jsonl"
     file.write_text("{}\n")
-    how = measuring({"held_out": [{"path": str(file), "rows": 1}, "of/the-hub"], "prompts": None, "rule": None})
-    found = measured_on(how)["held_out"]
-    assert found == {str(file): how["files"][str(file)], "of/the-hub": "not a file here"}
+    rule = tmp_path / "rule.py"
+    rule.write_text("")
+    arguments = {"held_out": [str(file), "of/the-hub"], "prompts": None, "rule": f"{rule}:f"}
+    how = measuring(arguments)
+    found = measured_on(how)
+    assert found["held_out"] == {str(file): how["files"][str(file)], "of/the-hub": "of/the-hub"}
+    # Other rows are other data, wherever the file is; another rule is another metric.
+    for settings in ({"rows": 1}, {"rows": 1, "skip": 1}, {"columns": {"prompt": "question"}}):
+        other = measured_on(measuring({**arguments, "held_out": [{"path": str(file), **settings}, "of/the-hub"]}))
+        assert {*other["held_out"].values()} != {*found["held_out"].values()}
+    weighted = measured_on(measuring({**arguments, "held_out": [{"path": str(file), "weight": 2.0}, "of/the-hub"]}))
+    assert weighted == found
+    splits = [{"path": "of/the-hub", "split": split} for split in ("train", "test")]
+    one, two = (measured_on(measuring({**arguments, "held_out": [split]}))["held_out"] for split in splits)
+    assert {*one.values()} != {*two.values()}
+    assert measured_on(measuring({**arguments, "rule": f"{rule}:g"}))["rule"].values() != found["rule"].values()
+    (tmp_path / "copy.py").write_text("")
+    assert [*measured_on(measuring({**arguments, "rule": f"{tmp_path / 'copy.py'}:f"}))["rule"].values()] == [
+        *found["rule"].values()
+    ]
 
 
 def test_a_second_file_may_do_without_the_control(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from halos_pl.cli.main import main
 from halos_pl.study import processes, report
 from halos_pl.study.preflight import check
 from halos_pl.study.read import load_study
+from halos_pl.study.record_shape import misshapen
 from halos_pl.study.recorded import RECORD, VALUES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -230,6 +231,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Path], Path], tup
         lambda make, _: make(),
         (RECORD, "older version"),
     ),
+    "a damaged record": (
+        lambda f: _change(f / RECORD, lambda record: record.update(made=None)),
+        lambda make, _: make(),
+        (RECORD, "made is None, not a list"),
+    ),
     "another study": (
         lambda f: None,
         lambda make, _: make(arms={"a": {"objective": f"{OBJECTIVE}/kto.yaml"}}),
@@ -362,3 +368,22 @@ def test_real_runs_of_two_machines_are_those_of_one(
     whole, record = (json.loads((folder / RECORD).read_text()) for folder in (tmp_path / "whole", out))
     assert (record["verdicts"], record["missing"]) == (whole["verdicts"], [])
     assert [made["names"] for made in record["made"]] == [["dpo/seed-0", "kto/seed-0", "dpo/seed-1", "kto/seed-1"]]
+
+
+WRONG: list[tuple[str, Any]] = [
+    *(("by_content", value) for value in ([], {}, "x", None, {"arms": {}, "measured": None, "tuning": None})),
+    *(("made", value) for value in (None, "x", [1], [{"names": 3}])),
+    *(("data", value) for value in (None, [], {"a": "b"})),
+    *(("models", value) for value in (None, [], {"a": 1})),
+    *(("measured", value) for value in ([1], "x", {"held_out": ["a"]}, {"held_out": {"a": 1}})),
+    *(("verdicts", value) for value in (None, {"a": []})),
+    ("tuning", {"examples": "many"}),
+    ("missing", [[]]),
+]
+
+
+def test_a_record_of_another_shape_is_damaged(recorded: Path) -> None:
+    record = json.loads((recorded / RECORD).read_text())
+    assert misshapen(record) == ""
+    for key, value in WRONG:
+        assert key in misshapen({**record, key: value}), (key, value)

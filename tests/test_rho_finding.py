@@ -64,7 +64,7 @@ def test_arms_off_their_target_are_excluded() -> None:
 def test_shares_of_the_variance_sum_to_one_and_rho_explains_what_it_causes() -> None:
     shares = simulated(np.random.default_rng(3), 1.0, 0.01, 0.0).explained()
     assert abs(sum(shares.values()) - 1) < 1e-9
-    assert shares["log rho"] > 0.99
+    assert shares["rho"] > 0.99
 
 
 def test_the_rate_for_a_divergence_is_that_of_the_power_law_through_the_runs() -> None:

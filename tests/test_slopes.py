@@ -451,3 +451,11 @@ def test_a_fit_logs_rho_and_reaches_it(tiny_folder):
     assert all(each["outcome/rho"] == pytest.approx(3.0, rel=0.1) for each in steps[2:] if each["outcome/rho"] > 0)
     assert sum(each["outcome/rho"] > 0 for each in steps) >= 3
     assert all(each["outcome/weight_rejected"] == 1.0 for each in steps)
+
+
+@pytest.mark.parametrize("rho", [0, -1.0, 1e39, 1e-60, math.nan, math.inf, True, "2"])
+def test_a_ratio_that_no_float32_weight_can_reach_is_refused(rho: Any) -> None:
+    with pytest.raises(ValueError, match="rho is"):
+        Binary(lambda_desirable="auto", rho=rho)
+    with pytest.raises(ValueError, match="lambda_desirable is inf"):
+        Binary(lambda_desirable=math.inf)

@@ -147,7 +147,7 @@ def test_arms_are_tuned_first_and_run_with_their_best(
         assert [Path(each).name for each in how["files"]] == [files]
         assert how["evaluate"]["max_length"] == 64  # settings of the report that are no data hold for both
     page = (out / "report.md").read_text()
-    assert "lr of other, 0.2, is the largest tried" in page
+    assert "lr of other, 0.2, is the largest of its grid" in page
     assert "lr of kto" not in page  # its best lies within
     table = page.partition("## Tuning")[2].partition("##")[0]
     assert re.search(r"\| kto \| 0\.4 \| \*\*0\.8\*\* \| 0\.6 \| not tried \| not tried \|", table)
@@ -305,6 +305,10 @@ def test_a_validation_split_shares_no_prompt_with_other_data(make: Any, tmp_path
     _refused(path, f"{validation}:6 (there {tmp_path}/held_out.jsonl:4)")
     write_jsonl(validation, pairs("validation", 5) + pairs("train", 7))
     _refused(path, f"{validation}:6 (there {tmp_path}/train.jsonl:1)", "7 prompts", "'kto'", "4 more")
+    rendered = "<|im_start|>user\nreport 2<|im_end|>\n<|im_start|>assistant\n"
+    for same in (rendered, "\n\nHuman: report 2\n\nAssistant:", "report  2 ", "<s>[INST] report 2 [/INST]"):
+        write_jsonl(validation, [{"prompt": same, "chosen": "a b", "rejected": "c"}])
+        _refused(path, f"{validation}:1 (there {tmp_path}/held_out.jsonl:3)")
     turns = [{"role": "user", "content": "ask two"}]
     write_jsonl(validation, [{"prompt": turns, "chosen": "a b", "rejected": "c"}])
     evaluate = {"held_out": [str(tmp_path / "held_out.jsonl")], "prompts": str(tmp_path / "prompts.txt")}

@@ -122,6 +122,11 @@ def contrast(function: str, pairs: Sequence[tuple[Arm, Arm]], variance: float, f
     return Contrast(function, math.exp(mean), math.exp(low), math.exp(high), power, decision)
 
 
+def _levels(names: Sequence[object]) -> Values:
+    """An indicator column for each level."""
+    return np.array([[name == each for each in dict.fromkeys(names)] for name in names], float)
+
+
 class Finding:
     """The finding for one study.
 
@@ -151,21 +156,21 @@ class Finding:
         ]
 
     def explained(self) -> Mapping[str, float]:
-        """Shares of the variance of log KL, seeds apart: by log rho, by v after that, by their interaction, the rest.
+        """Shares of the variance of log KL, seeds apart: by the targets of rho, by v after that, by their interaction,
+        the rest.
 
-        Sums of squares of nested least-squares fits with each run's achieved rho.
+        Sums of squares of nested least-squares fits. The targets are levels, as KL is not monotone in rho.
         """
         y = np.concatenate([arm.log_kl for arm in self.kept])
         seeds = [seed for arm in self.kept for seed in arm.runs.seeds]
-        rho = np.concatenate([np.log(arm.achieved) for arm in self.kept])
+        targets = [arm.target for arm in self.kept for _ in arm.runs.seeds]
         functions = [arm.function for arm in self.kept for _ in arm.runs.seeds]
-        of_seed = np.array([[s == each for each in sorted(set(seeds))] for s in seeds], float)
-        of_function = np.array([[f == each for each in sorted(set(functions))] for f in functions], float)
-        designs = [of_seed]
-        for more in (rho[:, None], of_function, of_function * rho[:, None]):
-            designs.append(np.hstack([designs[-1], more]))
+        pairs = list(zip(targets, functions, strict=True))
+        designs = [_levels(seeds)]
+        for levels in (targets, functions, pairs):
+            designs.append(np.hstack([designs[-1], _levels(levels)]))
         rest = [float(((y - x @ np.linalg.lstsq(x, y, rcond=None)[0]) ** 2).sum()) for x in designs]
-        names = ("log rho", "value function", "their interaction")
+        names = ("rho", "value function", "their interaction")
         return {name: (rest[i] - rest[i + 1]) / rest[0] for i, name in enumerate(names)} | {"rest": rest[-1] / rest[0]}
 
     @property

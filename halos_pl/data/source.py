@@ -11,6 +11,9 @@ from typing import Any, ClassVar, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+#: The largest number of rows to read or to skip.
+MOST_ROWS = 2**62
+
 
 @dataclass(frozen=True)
 class Source:
@@ -95,10 +98,13 @@ class Source:
         for name in ("weight", "max_row_mb"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{self.path}: {name} is {getattr(self, name)}; it must be a number above 0")
-        if self.skip < 0:
-            raise ValueError(f"{self.path}: skip is {self.skip}; it must be at least 0")
-        if self.rows is not None and self.rows < 1:
-            raise ValueError(f"{self.path}: rows is {self.rows}; it must be at least 1, or null for all")
+        for name, least, or_null in (("skip", 0, ""), ("rows", 1, ", or null for all")):
+            value = getattr(self, name)
+            if value is None and or_null:
+                continue
+            if not isinstance(value, int) or not least <= value <= MOST_ROWS:
+                why = f"it must be a whole number from {least} to {MOST_ROWS}{or_null}"
+                raise ValueError(f"{self.path}: {name} is {value!r}; {why}")
 
 
 OnBadRows = Literal["error", "skip"]

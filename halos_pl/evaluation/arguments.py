@@ -25,6 +25,8 @@ LATER = (
     *("ckpt_path", "reference", "prompt_column", "text_prompts", "chat_template", "win_rate"),
     *("tasks", "suite", "precision", *OPTIONS),
 )
+#: Other names of the defaults of these.
+DEFAULTS = {"precision": "32-true"}
 #: Arguments that matter for a win rate only.
 FOR_WIN_RATES = ("against", "endpoint", "judging", "alpaca_data", "mt_bench")
 
@@ -62,7 +64,7 @@ def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:
         folders.append(raw)
     raw_files = {str(raw): _digest(sorted(path for path in raw.rglob("*") if path.is_file())) for raw in folders}
     added = (*LATER, *FOR_WIN_RATES)
-    recorded = {k: v for k, v in arguments.items() if k not in added or (v is not None and v is not False)}
+    recorded = {k: v for k, v in arguments.items() if k not in added or v not in (None, False, DEFAULTS.get(k))}
     if judge := recorded.get("win_rate"):
         data += [judge] if Path(judge).is_file() else []
         recorded |= {k: asdict(v) for k, v in recorded.items() if is_dataclass(v) and not isinstance(v, type)}

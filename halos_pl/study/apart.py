@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,12 @@ from halos_pl.data.source import Source
 from halos_pl.data.sources import sources_of
 from halos_pl.study.spec import StudyError
 
+#: How chat templates and transcripts mark the speakers.
+_MARKS = re.compile(
+    r"<\|im_start\|>\w+|<\|start_header_id\|>\w+|<start_of_turn>\w+|<\|?(user|assistant|system)\|?>"
+    r"|<\|[^|<>\n]*\|>|</?s>|<(end_of_turn|bos|eos)>|\[/?(INST|SYS)\]|<</?SYS>>|^(human|user|assistant|system):",
+    re.IGNORECASE | re.MULTILINE,
+)
 #: Number of rows that an error names.
 SHOWN = 3
 
@@ -77,10 +85,15 @@ def _prompts_in(sources: list[Source]) -> Iterator[tuple[str, str]]:
 
 
 def _key(prompt: Prompt) -> str:
-    """A text that is equal for equal prompts: a text equals a conversation with that text as its only message."""
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return json.dumps([(turn.get("role"), _text(turn.get("content"))) for turn in turns], ensure_ascii=False)
+    """The words of a prompt, which are equal for equal prompts: as a conversation, or as a text with the marks of a
+    chat template or of a transcript.
+
+    It does not tell speakers apart: prompts that differ in nothing else count as equal.
+    """
+    turns = [prompt] if isinstance(prompt, str) else [_text(turn.get("content")) for turn in prompt]
+    words = unicodedata.normalize("NFKC", _MARKS.sub(" ", "\n\n".join(turns))).casefold().split()
+    return " ".join(words)
 
 
 def _text(content: Any) -> str:
-    return content.strip() if isinstance(content, str) else json.dumps(content, ensure_ascii=False, sort_keys=True)
+    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, sort_keys=True)

@@ -45,7 +45,7 @@ class Choice:
     def at_edge(self) -> str:
         """A sentence if the best value is at the edge of the grid, where a better one may lie beyond it; or empty."""
         what = f"{short_key(self.option)} of {self.arm}, {text_of(self.value)}"
-        return f"The best {what}, is the {self.edge} tried: widen the grid." if self.edge else ""
+        return f"The best {what}, is the {self.edge} of its grid: widen the grid." if self.edge else ""
 
     @property
     def why_not(self) -> str:

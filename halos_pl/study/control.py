@@ -6,18 +6,19 @@ the control holds.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halos_pl.evaluation.arguments import NO_FILE, paths_of
-from halos_pl.evaluation.metrics import metric_of
+from halos_pl.evaluation.arguments import NO_FILE
+from halos_pl.evaluation.metrics import CODE, metric_of
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.digits import of_comparison, of_estimate, p_value
 from halos_pl.study.spec import Study, StudyError
 from halos_pl.study.statistics import Estimate
 
-#: For each of these, the digest of each of its files.
+#: For each of these, what identifies the content of each of its sources.
 Measured = Mapping[str, Mapping[str, str]]
 
 
@@ -53,10 +54,31 @@ class Standing:
 
 
 def measured_on(how: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """The digests of the data in a record of an evaluation, see :func:`halos_pl.evaluation.arguments.measuring`."""
+    """The data, rule and judge in a record of an evaluation, see :func:`halos_pl.evaluation.arguments.measuring`.
+
+    Returns:
+        for each of them, by name: the digest of the file, with the settings that choose what is read from it.
+    """
     arguments, digests = how.get("evaluate", {}), how.get("files", {})
-    paths = {"held_out": paths_of(arguments.get("held_out") or []), "prompts": paths_of([arguments.get("prompts")])}
-    return {key: {path: digests[path] for path in some if path in digests} for key, some in paths.items()}
+    found: dict[str, dict[str, str]] = {key: {} for key in ("held_out", "prompts", *CODE)}
+
+    def add(key: str, path: str, settings: str = "") -> None:
+        if path in digests:
+            digest = path if digests[path] == NO_FILE else digests[path]
+            found[key][f"{path} {settings}".strip()] = f"{digest} {settings}".strip()
+
+    for source in arguments.get("held_out") or []:
+        given = {"path": source} if isinstance(source, str) else dict(source)
+        path, _ = given.pop("path"), given.pop("weight", None)
+        add("held_out", path, json.dumps(given, sort_keys=True) if given else "")
+    if arguments.get("prompts"):
+        column = arguments.get("prompt_column")
+        add("prompts", arguments["prompts"], json.dumps({"prompt_column": column}) if column else "")
+    for key in CODE:
+        if arguments.get(key):
+            path, _, function = str(arguments[key]).rpartition(":")
+            add(key, path, function)
+    return found
 
 
 def check_control(study: Study, other: Study) -> None:
@@ -67,6 +89,12 @@ def check_control(study: Study, other: Study) -> None:
     """
     control = study.control
     assert control is not None
+    own, theirs = ([(arm.name, arm.configs, arm.options) for arm in each.arms] for each in (study, other))
+    if own == theirs:
+        raise StudyError(
+            f"{study.places['control.study']}: control.study: {control.study} has the arms of this study itself; a"
+            " control is an arm of another study, whose effect is known"
+        )
     arms = [arm.name for arm in other.arms]
     if control.arm not in arms:
         why = f"{control.study} has no arm {control.arm!r}; its arms are {', '.join(arms)}"
@@ -111,20 +139,17 @@ def standing(study: Study, measured: Measured | None, reached: Reached) -> Stand
 
 
 def _check_data(study: Study, measured: Measured, others: Measured) -> None:
-    """Refuses other files by their digests; data from the hub have none, but names."""
+    """Refuses other files or rows, and another rule or judge; data from the hub have no digests, but names."""
     control = study.control
     assert control is not None
-    key = "prompts" if metric_of(control.metric).unit == "prompts" else "held_out"
-    own, theirs = (_identities(each.get(key, {})) for each in (measured, others))
-    if set(own) != set(theirs):
-        some = {text: ", ".join(files.values()) or "none" for text, files in (("own", own), ("theirs", theirs))}
-        raise StudyError(
-            f"{study.places['control.study']}: control.study: {control.study} was measured on other data"
-            f" ({key}: {some['theirs']}; this study: {some['own']}; the files' digests differ); run the control on the"
-            " same data, or set control: null in a file for --overrides to claim without one"
-        )
-
-
-def _identities(files: Mapping[str, str]) -> dict[str, str]:
-    """Paths by digest, or by themselves if they are no files."""
-    return {path if digest == NO_FILE else digest: path for path, digest in files.items()}
+    data = "prompts" if metric_of(control.metric).unit == "prompts" else "held_out"
+    for key in (data, control.metric) if control.metric in CODE else (data,):
+        own, theirs = (each.get(key, {}) for each in (measured, others))
+        if set(own.values()) != set(theirs.values()):
+            what = "on other data" if key == data else f"by another {key}"
+            some = [", ".join(names) or "none" for names in (theirs, own)]
+            raise StudyError(
+                f"{study.places['control.study']}: control.study: {control.study} was measured {what}"
+                f" ({key}: {some[0]}; this study: {some[1]}; their content differs); run the control with the same, or"
+                " set control: null in a file for --overrides to claim without one"
+            )

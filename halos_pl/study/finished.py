@@ -18,8 +18,8 @@ from halos_pl.study.spec import Run, Study
 
 #: Values by metric and example.
 Metrics = dict[str, dict[str, float]]
-#: Parts of the record of an evaluation that may differ between runs; its precision may be that of the training.
-NOT_THE_SAME = ("by", "step", "seconds", "precision")
+#: Parts of the record of an evaluation that may differ between runs.
+NOT_THE_SAME = ("by", "step", "seconds")
 #: Settings that differ from run to run: its seed and its folder.
 PER_RUN = ("run_dir", "seed_everything", "default_root_dir")
 

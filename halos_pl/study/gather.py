@@ -79,7 +79,8 @@ def _moved(earlier: Earlier, out: Path) -> dict[str, str]:
         return {}
     then = {digest: path for path, digest in earlier.record[BY_CONTENT]["files"].items()}
     now: dict[str, str] = _plan(out)[BY_CONTENT]["files"]
-    return {path: then[digest] for path, digest in now.items() if then.get(digest, path) != path}
+    recorded = set(earlier.record[BY_CONTENT]["files"])  # two files may have the same content
+    return {path: then[digest] for path, digest in now.items() if path not in recorded and digest in then}
 
 
 def _renamed(figures: Figures, moved: Mapping[str, str]) -> Figures:

@@ -127,6 +127,7 @@ def check(study: Study, line: CommandLine) -> Checked:
     by_digest: dict[str, Arm] = {}
     first: Any = None
     known: dict[str, str] = {}
+    precisions: dict[str, str] = {}
     with _logged_once():
         for arm in study.variants:
             cli, checked = _check_arm(study, arm, line, known)
@@ -138,7 +139,14 @@ def check(study: Study, line: CommandLine) -> Checked:
             by_digest[checked.digest] = arm
             arms[arm.title] = checked
             trained_on.append((arm.name, cli.datamodule.sources["train"]))
+            precisions.setdefault(str(cli.trainer.precision), arm.name)
             first = first or cli
+        if arguments["precision"] == "as_trained" and len(precisions) > 1:
+            some = ", ".join(f"{precision} ({arm!r})" for precision, arm in precisions.items())
+            raise StudyError(
+                f"{study.places['evaluate']}: evaluate.precision is as_trained, but the arms are trained in {some};"
+                " choose one precision for all"
+            )
         held_out = check_held_out(study, arguments, first.model.tokenizer, first.datamodule)
         if validating is not None:
             check_held_out(study.validation, validating, first.model.tokenizer, first.datamodule)

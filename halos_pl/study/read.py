@@ -20,7 +20,7 @@ from halos_pl.study.read_control import read_control
 from halos_pl.study.read_tune import read_tune, seeds_of
 from halos_pl.study.spec import BEFORE, SHORTER, Arm, Control, Study, StudyError
 from halos_pl.study.state import OVERRIDES, STUDY
-from halos_pl.study.tune import UNDECIDED, Tune
+from halos_pl.study.tune import UNDECIDED, Tune, same_option
 from halos_pl.tasks.options import task_names
 
 KEYS = (
@@ -266,8 +266,8 @@ class _Reader:
         option = given.get("option")
         fixed = {"options": {**self.get("options", dict, {}), **self.last_options}, "axes": self.get("axes", dict, {})}
         for key, some in fixed.items():
-            if isinstance(option, str) and option in some:
-                raise self.fault(f"{option} is tuned, but {key} sets it too; remove one", key, option)
+            if isinstance(option, str) and (same := next((each for each in some if same_option(each, option)), None)):
+                raise self.fault(f"{option} is tuned, but {key} sets it too; remove one", key, same)
         tune = read_tune(given, self.points, seeds, evaluate, primary, self.fault)
         for arm in arms:
             values = tune.values[arm.name]

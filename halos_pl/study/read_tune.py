@@ -10,7 +10,7 @@ from halos_pl.evaluation.metrics import BY_JUDGE, CODE, METRICS
 from halos_pl.study.grid import TUNE, GridPoint
 from halos_pl.study.known_keys import refuse_unknown
 from halos_pl.study.spec import StudyError
-from halos_pl.study.tune import Tune, Value, is_numeric
+from halos_pl.study.tune import Tune, Value, is_numeric, same_option
 from halos_pl.tasks.options import OPTIONS
 
 KEYS = ("option", "values", "seeds", "held_out", "prompts", "metric")
@@ -62,8 +62,8 @@ def read_tune(
         raise fault(why, "tune", "option")
     values = {}
     for point in points.values():
-        if option in point.settings:
-            raise fault(f"{option} is tuned, but arm {point.name!r} sets it too; remove one", *point.place, option)
+        if same := next((key for key in point.settings if same_option(key, option)), None):
+            raise fault(f"{option} is tuned, but arm {point.name!r} sets it too; remove one", *point.place, same)
         own = TUNE in point.settings
         place = (*point.place, TUNE) if own else ("tune", "values")
         values[point.name] = _values(point.settings[TUNE] if own else given.get("values"), point.name, fault, *place)
@@ -95,9 +95,9 @@ def _values(given: Any, arm: str, fault: Fault, *place: Any) -> tuple[Value, ...
 
 
 def _number(value: Value) -> Value:
-    """A text such as 1e-5, which YAML does not take for a number, as the number that ``halos fit`` reads."""
+    """A text such as 1e-5 or .inf as the number that ``halos fit`` reads."""
     try:
-        return float(value) if isinstance(value, str) else value
+        return float(value.replace(".inf", "inf").replace(".nan", "nan")) if isinstance(value, str) else value
     except ValueError:
         return value
 

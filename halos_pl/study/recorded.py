@@ -28,11 +28,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from halos_pl.common.files import write
 from halos_pl.common.messages import counted
 from halos_pl.study.choice import Trials
+from halos_pl.study.record_shape import misshapen
 from halos_pl.study.spec import Study, StudyError
 from halos_pl.study.tune import text_of
 
@@ -92,7 +93,7 @@ def write_recorded(recorded: Recorded, study: Study, out: Path) -> None:
     packed = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0, compresslevel=9) as file:
         file.write(content)
-    _keep_lost(recorded, out)
+    _keep_lost(content, out)
     beside = out / f"{VALUES}.part"
     beside.write_bytes(packed.getvalue())
     os.replace(beside, out / VALUES)
@@ -100,13 +101,18 @@ def write_recorded(recorded: Recorded, study: Study, out: Path) -> None:
     write(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def _keep_lost(recorded: Recorded, out: Path) -> None:
-    """Renames both files if they contain runs that are missing now, as after a folder was removed."""
+def _runs_in(file: IO[str]) -> set[tuple[str, str]]:
+    """The runs that have values, by folder and seed."""
+    return {(line["run"], line["seed"]) for line in csv.DictReader(file) if line["seed"]}
+
+
+def _keep_lost(content: bytes, out: Path) -> None:
+    """Renames both files if they contain runs that ``content`` lacks, as after a folder or a value was removed."""
     path = out / VALUES
-    new = {(name, str(seed)) for name, seed in (*recorded.values, *recorded.trials) if seed is not None}
+    new = _runs_in(io.StringIO(content.decode(), newline=""))
     try:
         with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
-            old = {(line["arm"], line["seed"]) for line in csv.DictReader(file) if line["seed"]}
+            old = _runs_in(file)
     except (OSError, EOFError, KeyError, ValueError, csv.Error):  # absent or unreadable
         return
     if lost := old - new:
@@ -213,6 +219,8 @@ def read_record(folder: Path, content: bytes) -> dict[str, Any]:
         raise StudyError(f"{note} cannot be read: {error}") from error
     if not isinstance(record, dict):
         raise StudyError(f"{note} is not the record of a study: it is not a JSON object")
+    if fault := misshapen(record):
+        raise StudyError(f"{note} is damaged: {fault}; restore it, or train the runs again")
     if record.get(DIGEST, digest := hashlib.sha256(content).hexdigest()) != digest:
         raise StudyError(
             f"{folder / VALUES} is not the file that {note} was written with: its SHA-256 differs. Restore both; or, if"

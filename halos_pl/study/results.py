@@ -20,7 +20,7 @@ from halos_pl.study.gather import describe, gather
 from halos_pl.study.read import study_in
 from halos_pl.study.recorded import VALUES, Recorded, read_recorded, write_recorded
 from halos_pl.study.run_variance import Runs
-from halos_pl.study.spec import BEFORE, Arm, Run, Study
+from halos_pl.study.spec import BEFORE, Arm, Run, Study, StudyError
 from halos_pl.study.statistics import Estimate, Values, estimate
 from halos_pl.study.tuning import tuning_in
 
@@ -288,9 +288,13 @@ def control_of(study: Study, measured: Measured | None) -> Standing | None:
         return None
     if not (control.study / VALUES).is_file():
         return Standing(False, f"{control.study} has no {VALUES}")
-    other = study_in(control.study)
+    try:
+        other = study_in(control.study)
+        recorded = read_recorded(other, control.study)
+    except StudyError as error:
+        return Standing(False, str(error))
     check_control(study, other)
-    results = Results(other, control.study, read_recorded(other, control.study))
+    results = Results(other, control.study, recorded)
     arm = next(arm for arm in results.study.arms if arm.name == control.arm)
     reached = Reached(
         results.record.get("measured"),

@@ -50,6 +50,12 @@ def short_key(option: str) -> str:
     return option.rpartition(".")[2]
 
 
+def same_option(one: str, other: str) -> bool:
+    """Whether two dotted options set the same: jsonargparse takes those of a class without ``init_args`` too."""
+    first, second = (option.split(".") for option in (one, other))
+    return [part for part in first if part != "init_args"] == [part for part in second if part != "init_args"]
+
+
 def is_numeric(values: Sequence[Value]) -> bool:
     """Whether the values are numbers, which have an order."""
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)

@@ -179,6 +179,10 @@ def test_skip_and_rows_are_a_slice(tmp_path: Path) -> None:
         files_of(Source(f"{tmp_path}/*.jsonl", skip=3))
     with pytest.raises(ValueError, match=r"skip is -1"):
         Source(str(path), skip=-1)
+    for settings in ({"skip": None}, {"skip": 10**30}, {"rows": 10**30}, {"rows": 0}, {"rows": 1.5}):
+        (name,) = settings
+        with pytest.raises(ValueError, match=f"{name} is .*whole number"):
+            Source(str(path), **settings)
 
 
 def test_columns_are_renamed(tmp_path: Path) -> None:

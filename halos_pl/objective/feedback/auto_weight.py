@@ -13,6 +13,8 @@ from halos_pl.objective.feedback.slopes import Slopes
 
 #: Weight of the older steps in the running mean of a class's slopes: half of it is about the last step.
 DECAY = 0.5
+#: The largest ratio to reach, and the inverse of the smallest: beyond it, float32 weights overflow or vanish.
+LARGEST = 1e6
 #: lambda_D makes up for a difference between the classes of at most this factor.
 MOST = 1000.0
 
@@ -38,8 +40,8 @@ class AutoWeight(nn.Module):
 
     def __init__(self, *, rho: float, lambda_undesirable: float) -> None:
         super().__init__()
-        if not 0 < rho < math.inf:
-            raise ValueError(f"Binary: rho is {rho}; it must be a number above 0")
+        if isinstance(rho, bool) or not isinstance(rho, int | float) or not 1 / LARGEST <= rho <= LARGEST:
+            raise ValueError(f"Binary: rho is {rho!r}; it must be a number from {1 / LARGEST:g} to {LARGEST:g}")
         if not 0 < lambda_undesirable < math.inf:
             raise ValueError(
                 f"Binary: lambda_undesirable is {lambda_undesirable}, and no weight of desirable rows gives the ratio"

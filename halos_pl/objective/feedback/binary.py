@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,7 +32,7 @@ class Binary(Feedback):
         lambda_undesirable: weight of undesirable rows (lambda_U), at least 0; with ``auto``, above 0.
         denominator: unit that the loss is averaged over: ``rows``; ``pairs``, which needs data with chosen and
             rejected; or ``tokens`` of all rows.
-        rho: with ``auto``, the ratio to reach, above 0.
+        rho: with ``auto``, the ratio to reach, from 1e-6 to 1e6.
 
     Raises:
         ValueError: a weight or rho is outside its range, only one of ``auto`` and rho is given, or the denominator is
@@ -53,8 +54,8 @@ class Binary(Feedback):
                 if value != "auto" or name != "lambda_desirable":
                     or_auto = ", or auto" if name == "lambda_desirable" else ""
                     raise ValueError(f"Binary: {name} is {value!r}; it must be a number of at least 0{or_auto}")
-            elif not value >= 0:
-                raise ValueError(f"Binary: {name} is {value}; a weight must be at least 0")
+            elif not 0 <= value < math.inf:
+                raise ValueError(f"Binary: {name} is {value}; a weight must be at least 0 and finite")
         if auto and rho is None:
             raise ValueError("Binary: lambda_desirable is auto, but there is no rho to reach; set it, such as rho: 1.0")
         if rho is not None and not auto:
