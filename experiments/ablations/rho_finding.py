@@ -274,6 +274,7 @@ def rate_lines(folder: Path) -> Iterator[str]:
 def plot(findings: Mapping[str, Finding], path: Path) -> None:
     """KL against achieved rho, a panel per study and a point per run."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullFormatter
 
     figure = Figure(figsize=(4.2 * len(findings), 3.6), layout="constrained")
     functions = list(dict.fromkeys(arm.function for finding in findings.values() for arm in finding.arms))
@@ -287,6 +288,9 @@ def plot(findings: Mapping[str, Finding], path: Path) -> None:
         axis.set(
             xscale="log", yscale="log", xlabel="achieved rho", ylabel="KL on held-out completions, nats", title=title
         )
+        axis.xaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4, 8]))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(color="0.92")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=150)
