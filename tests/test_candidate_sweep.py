@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from halos_pl.candidates.read import Preferences, read_preferences
 from halos_pl.candidates.spec import load_sweep
 from halos_pl.candidates.values import Values
 from halos_pl.cli.ablate import ablate, report, status
+from halos_pl.common.experiments import EXPERIMENTS
+from halos_pl.data.example import DataError
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.study.spec import StudyError
 
@@ -155,6 +158,64 @@ def test_values_of_other_settings_or_data_are_refused(study, out, change, fault,
     assert (out / "values.csv.gz").read_bytes() == packed
 
 
+SCALED = """
+from value_functions.base import ValueFunction
+
+
+class Scaled(ValueFunction):
+    def __init__(self, *, beta: float = 1.0) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, u):
+        return (FACTOR * self.beta * u).tanh()
+"""
+
+
+@pytest.mark.parametrize("part", ["objective", "plug-in"])
+def test_values_of_an_edited_loss_are_refused(study, tmp_path, monkeypatch, part):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = f"scaled_{part.replace('-', '_')}"
+    (tmp_path / f"{module}.py").write_text(SCALED.replace("FACTOR", "1.0"))
+    text = (EXPERIMENTS / "objectives/kto.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(text)
+    function = {"class_path": f"{module}.Scaled", "init_args": {"beta": 0.5}}
+    arms = {"mine": {"objective": "mine.yaml", "reference_point": "CandidateKL", "value_function": function}}
+    study |= {"arms": arms, "axes": {}, "noise": [0.0], "seeds": 2}
+    out = run(study, tmp_path)
+    packed = (out / "values.csv.gz").read_bytes()
+    run(study, tmp_path)
+    assert (out / "values.csv.gz").read_bytes() == packed
+    if part == "objective":
+        (tmp_path / "mine.yaml").write_text(text.replace("lambda_undesirable: 1.0", "lambda_undesirable: 5.0"))
+    else:
+        (tmp_path / f"{module}.py").write_text(SCALED.replace("FACTOR", "2.0"))
+    with pytest.raises(StudyError, match=r"mine \(their YAML or Python files have changed"):
+        run(study | {"seeds": 4}, tmp_path)
+    assert (out / "values.csv.gz").read_bytes() == packed
+
+
+def test_classes_can_be_an_axis(study, tmp_path):
+    arms = {"kto": {"objective": "kto", "reference_point": "CandidateKL"}}
+    out = run(study | {"arms": arms, "axes": {"value_function": ["Logistic", "Tanh"]}, "noise": [0.0]}, tmp_path)
+    assert {line["value_function"] for line in table(out, "values")} == {"Logistic", "Tanh"}
+    assert "value_function Tanh" in (out / "report.md").read_text()
+
+
+def test_a_folder_without_values_takes_other_settings(study, out, tmp_path):
+    for name in ("values", "rates", "prompts"):
+        (out / f"{name}.csv.gz").unlink()
+    run(study | {"steps": 11}, tmp_path)
+    assert json.loads((out / "record.json").read_text())["settings"]["steps"] == 11
+
+
+def test_completions_that_are_cut_to_the_same_tokens_are_refused(study, tmp_path):
+    lines = [line | {"chosen": "yes " * 30 + "a", "rejected": "yes " * 30 + "b"} for line in rows(0, 12)]
+    with pytest.raises(DataError, match="max_length cuts both completions"):
+        run(study | {"train": [write(tmp_path / "long.jsonl", lines)], "max_length": 24}, tmp_path)
+
+
 def test_a_folder_with_other_files_is_refused(study, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -270,6 +331,13 @@ def test_free_logits_are_reported_on_the_prompts_of_training(study, tmp_path):
         ({"noise": [1.5]}, "noise"),
         ({"colour": "red"}, "colour"),
         ({"train": ["none.jsonl"]}, "none.jsonl"),
+        ({"tune": "kl"}, "tune"),
+        ({"tune_seeds": 10**9}, "tune_seeds is 1000000000"),
+        *(({"rates": [0.1, rate]}, "rates") for rate in (math.nan, math.inf, 1e38)),
+        *(
+            ({"axes": {"value_function.init_args.beta": v}}, "init_args.beta is")
+            for v in ([0.1, 0.1], [1, 1.0], [None], [{"a": 1}])
+        ),
     ],
 )
 def test_faults_of_a_study_are_one_line(study, change, fault, tmp_path):

@@ -60,7 +60,11 @@ class Difference:
     @property
     def reach(self) -> float:
         """Half the width of the 95% interval."""
-        return float(special.stdtrit(self.df, 1 - LEVEL / 2)) * self.error
+        return self.reach_of(1)
+
+    def reach_of(self, tests: int) -> float:
+        """Half the width of the interval that holds for the best of ``tests`` (Bonferroni)."""
+        return float(special.stdtrit(self.df, 1 - LEVEL / 2 / tests)) * self.error
 
     @property
     def decided(self) -> bool:

@@ -18,7 +18,8 @@ DIVERGING = "PuOr"
 
 def axes_name(sweep: Sweep, axes: tuple[Any, ...]) -> str:
     """Such as ``beta 0.1``."""
-    return ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in zip(sweep.axes, axes, strict=True))
+    shown = [f"{value:g}" if isinstance(value, float) else str(value) for value in axes]
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in zip(sweep.axes, shown, strict=True))
 
 
 def _grid(sweep: Sweep, panels: list[Any], height: float) -> tuple[Figure, list[Any]]:

@@ -49,6 +49,9 @@ def refuse(objective: Objective) -> None:
     for name in (field.name for field in fields(Needs)):
         if name in UNMET and getattr(objective.needs, name):
             raise ValueError(f"the objective needs {name}, which candidates do not have: {UNMET[name]}")
+    v = getattr(objective.halo, "value_function", None)
+    if v is not None and v(u := torch.linspace(-1, 1, 5)).shape != u.shape:
+        raise ValueError(f"the value function {type(v).__name__} returns another shape than that of its argument")
     whole, parts = (_of_tokens(copy.deepcopy(objective), tokens) for tokens in (1, 2))
     if not torch.allclose(whole, parts, rtol=1e-9, atol=1e-12):
         raise ValueError(

@@ -184,6 +184,11 @@ def _add(
                     read.states.append(scored[i, 1:])
         place.append(known[key])
     for i, (good, pair) in enumerate(zip(batch.labels.desirable.tolist(), batch.labels.pair.tolist(), strict=True)):
+        if good and place[i] == place[pair]:
+            raise DataError(
+                f"{batch.row_ids[i]}: max_length cuts both completions to the same tokens; raise it, or leave out the"
+                " row"
+            )
         if good:
             read.pairs.append((place[i], place[pair]))
             read.names.append(batch.row_ids[i].removesuffix("#chosen"))

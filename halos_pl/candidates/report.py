@@ -92,13 +92,15 @@ def _control(spec: Sweep, values: Values) -> Iterator[str]:
     if spec.primary not in ("accuracy", "follows", "chosen"):
         return
     above = over_chance(values)
-    best = max(above, key=lambda cell: above[cell].effect - above[cell].reach, default=None)
+    tests = len(above)
+    best = max(above, key=lambda cell: above[cell].effect - above[cell].reach_of(tests), default=None)
     if best is None:
         return
-    each = above[best]
-    interval = f"[{0.5 + each.effect - each.reach:.3f}, {0.5 + each.effect + each.reach:.3f}]"
-    text = f"{best.arm} has {0.5 + each.effect:.3f} {interval} with the cleanest preferences; chance is 0.5."
-    yield f"Positive control: {text}" if each.effect > each.reach else f"**No positive control**: {text} Claim nothing."
+    each, reach = above[best], above[best].reach_of(tests)
+    interval = f"[{0.5 + each.effect - reach:.3f}, {0.5 + each.effect + reach:.3f}]"
+    of = f", the best of {tests} cells (Bonferroni)" if tests > 1 else ""
+    text = f"{best.arm} has {0.5 + each.effect:.3f} {interval} with the cleanest preferences{of}; chance is 0.5."
+    yield f"Positive control: {text}" if each.effect > reach else f"**No positive control**: {text} Claim nothing."
     yield ""
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import itertools
+import json
 import re
-from collections.abc import Iterator, Mapping
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+import halos_pl
+import value_functions
 from halos_pl.candidates.fitting import refuse
 from halos_pl.candidates.states import Precision
 from halos_pl.common.experiments import config_file, objectives, shipped_paths
@@ -22,11 +29,15 @@ from halos_pl.policy.loading import ModelSpec
 from halos_pl.study.spec import StudyError
 
 Metric: TypeAlias = Literal["accuracy", "follows", "chosen", "gap", "kl"]
+#: The metrics that can choose a rate: the others grow with the distance from pi_ref.
+Choosing: TypeAlias = Literal["accuracy", "follows", "chosen"]
 #: What an arm may have beside changes of its objective: its file, and class weights that follow the desirable share.
 OBJECTIVE, BALANCE = "objective", "balance"
 WEIGHT = "feedback.init_args.lambda_desirable"
 #: Numbers of the seeds that choose rates, which no report uses, begin here.
 FIRST_TUNE = 1_000_000
+#: The largest learning rate; larger ones overflow.
+LARGEST_RATE = 1e6
 
 
 class Cell(NamedTuple):
@@ -108,7 +119,7 @@ class Sweep:
     max_length: int = 512
     text_prompts: Literal["plain", "chat"] = "plain"
     primary: Metric = "accuracy"
-    tune: Metric = "accuracy"
+    tune: Choosing = "accuracy"
     baseline: str | None = None
     note: str = ""
 
@@ -123,13 +134,14 @@ class Sweep:
         for name in ("seeds", "seeds_per_round", "tune_seeds", "steps", "votes"):
             if getattr(self, name) < 1:
                 yield name, f"{name} is {getattr(self, name)}; it must be at least 1"
-        if self.seeds > FIRST_TUNE:
-            yield "seeds", f"seeds is {self.seeds}; it must be at most {FIRST_TUNE}"
+        for name in ("seeds", "tune_seeds"):
+            if (number := getattr(self, name)) > FIRST_TUNE:
+                yield name, f"{name} is {number}; it must be at most {FIRST_TUNE}"
         for name, value in (("words", self.words), ("states", self.states)):
             if value != "free" and value < 0:
                 yield name, f"{name} is {value}; it must be at least 0"
-        if self.rates and not self.rates[0] > 0:
-            yield "rates", f"the first rate is {self.rates[0]}; rates must be above 0"
+        if not all(0 < rate <= LARGEST_RATE for rate in self.rates):
+            yield "rates", f"rates is {self.rates}; rates must be above 0 and at most {LARGEST_RATE:g}"
         if not all(0 <= share <= 1 for share in self.noise):
             yield "noise", f"noise is {self.noise}; shares must be in [0, 1]"
         if not all(0 < share <= 1 for share in self.desirable):
@@ -149,6 +161,10 @@ class Sweep:
         for name, values in self.axes.items():
             if not isinstance(values, list) or not values:
                 yield "axes", f"{name} is {values!r}; it must be a list of values"
+            elif not all(isinstance(value, int | float | str) for value in values):
+                yield "axes", f"{name} is {values!r}; its values must be numbers, texts, true or false"
+            elif len(set(values)) < len(values):
+                yield "axes", f"{name} is {values!r}; write each value once"
 
     @property
     def free(self) -> bool:
@@ -226,7 +242,12 @@ def load_sweep(path: Path) -> tuple[Sweep, dict[Cell, Objective]]:
             known = ", ".join(Sweep.__dataclass_fields__)
             raise StudyError(f"{_where(path, lines, key)}: unknown key {key!r}; a sweep has {known}")
     try:
-        sweep = Sweep(**parser.instantiate(parser.parse_object(shipped_paths(content))).as_dict())
+        content = shipped_paths(content)
+        parsed = parser.parse_object(copy.deepcopy(content))
+        model: ModelSpec = parser.instantiate(parsed).model
+        # What arms and axes name stays text: their objectives are built later, one per cell.
+        sweep = Sweep(**(parsed.as_dict() | {key: content[key] for key in ("arms", "axes") if key in content}))
+        sweep.model = model
     except (ArgumentError, TypeError) as error:
         named = re.search(r'"(\w+)', str(error))
         raise StudyError(f"{_where(path, lines, named[1] if named else '')}: {cause(str(error))}") from error
@@ -247,8 +268,37 @@ def _where(path: Path, lines: Lines, *place: str) -> str:
     return f"{path}:{lines.get(place, 1)}"
 
 
-def settings_of(sweep: Sweep) -> Mapping[str, Any]:
-    """What decides the values of a sweep, apart from the data and the number of seeds."""
+def settings_of(sweep: Sweep, built: Mapping[Cell, Objective]) -> Mapping[str, Any]:
+    """What decides the values of a sweep, apart from the data and the number of seeds.
+
+    Args:
+        sweep: the sweep.
+        built: the objective of each cell.
+    """
     other = ("train", "held_out", "seeds", "note", "baseline")
     settings = {key: value for key, value in vars(sweep).items() if key not in other}
-    return settings | {"model": str(sweep.model.path)}
+    contents = {
+        arm: _content(sweep, arm, [each for cell, each in built.items() if cell.arm == arm]) for arm in sweep.arms
+    }
+    return settings | {"model": str(sweep.model.path), "objectives": contents}
+
+
+def _content(sweep: Sweep, arm: str, built: Iterable[Objective]) -> str:
+    """A hash of the content of an arm's objective file and of the user's files with its parts."""
+    content, _ = read_yaml(config_file(sweep.arms[arm][OBJECTIVE], objectives(), OBJECTIVE))
+    classes = {type(part) for objective in built for part in objective.modules()}
+    modules = [sys.modules.get(each.__module__) for each in classes]
+    files = sorted(
+        {file for module in modules if (file := getattr(module, "__file__", None)) and _is_users(Path(file))}
+    )
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
+    for file in files:
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
+def _is_users(file: Path) -> bool:
+    """Whether a file belongs neither to an installed package nor to this one, which have a version or a revision."""
+    ours = {Path(halos_pl.__file__).parent, Path(value_functions.__file__).parent}
+    installed = {Path(path) for path in sysconfig.get_paths().values()}
+    return not (ours | installed) & {*file.resolve().parents, *file.parents}

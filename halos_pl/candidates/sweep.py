@@ -58,7 +58,7 @@ def sweep(study: Path, folder: Path) -> Path:
         data = prepare(spec, read)
     except ValueError as error:
         raise StudyError(f"{study}: {error}") from error
-    claim(spec, study, folder, {**_record(read, data), **made})
+    claim(spec, built, study, folder, {**_record(read, data), **made})
     values = Values(spec, folder)
     rates = _tuned(spec, built, data, values)
     done = values.seeds()

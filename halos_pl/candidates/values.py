@@ -25,6 +25,7 @@ from halos_pl.candidates.measure import METRICS
 from halos_pl.candidates.read import Preferences
 from halos_pl.candidates.spec import Cell, Sweep, settings_of
 from halos_pl.common.files import write
+from halos_pl.objective.halo import Objective
 from halos_pl.study.spec import StudyError
 
 VALUES, PROMPTS, RATES, RECORD, STUDY = (
@@ -168,28 +169,43 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def claim(sweep: Sweep, source: Path, folder: Path, record: Mapping[str, Any]) -> None:
+def _has_values(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (VALUES, PROMPTS, RATES))
+
+
+def claim(sweep: Sweep, built: Mapping[Cell, Objective], source: Path, folder: Path, record: Mapping[str, Any]) -> None:
     """Makes a folder that of a sweep, before anything is fitted.
 
     Args:
-        sweep, source: the sweep and its file, which is copied.
+        sweep, built: the sweep and its objectives.
+        source: the sweep's file, which is copied.
         folder: the folder.
         record: what to write beside the settings, once; its ``data`` is compared too.
 
     Raises:
         StudyError: the folder has values that were computed with other settings or data, or other files.
     """
-    settings = json.loads(json.dumps(settings_of(sweep)))
+    settings = json.loads(json.dumps(settings_of(sweep, built)))
     if (folder / RECORD).is_file():
         before = read_record(folder)
         for key, value in settings.items():
-            if (old := before["settings"].get(key)) != value:
+            if (old := before["settings"].get(key)) == value:
+                continue
+            if key == "objectives" and _has_values(folder):
+                changed = [arm for arm, content in value.items() if (old or {}).get(arm) != content]
+                raise StudyError(
+                    f"{folder} has values for another content of the objectives of {', '.join(changed)} (their YAML or"
+                    " Python files have changed); name another folder with --out, or restore the files"
+                )
+            if _has_values(folder):
                 raise StudyError(
                     f"{folder} has values for {key} {old!r}, not {value!r}; name another folder with --out, or restore"
                     " the setting"
                 )
-        if before["data"] != record["data"]:
+        if before["data"] != record["data"] and _has_values(folder):
             raise StudyError(f"{folder} has values for other data; name another folder with --out")
+        if not _has_values(folder):
+            write(folder / RECORD, json.dumps({"settings": settings, **record}, indent=1) + "\n")
     elif folder.is_dir() and any(folder.iterdir()):
         raise StudyError(f"{folder} is not empty and is not the folder of a sweep; name another folder with --out")
     else:
