@@ -850,7 +850,7 @@ def test_a_study_runs_goes_on_after_a_failure_and_reports(
     """The first seed of each arm is trained and measured; the second is a copy of it with another KL."""
     path, out = make(), tmp_path / "out"
     verdicts = {"icml": SimpleNamespace(verdict="as checked elsewhere")}
-    monkeypatch.setattr(gather, "reports", lambda objective: verdicts if isinstance(objective, Objective) else {})
+    monkeypatch.setattr(gather, "reports", lambda objective, **_: verdicts if isinstance(objective, Objective) else {})
     broken = out / "no_loss_aversion" / "seed-1"
     faulty, called = [True], []
 
