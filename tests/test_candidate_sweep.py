@@ -158,11 +158,11 @@ def test_values_of_other_settings_or_data_are_refused(study, out, change, fault,
     assert (out / "values.csv.gz").read_bytes() == packed
 
 
-SCALED = """
+STEEPER = """
 from value_functions.base import ValueFunction
 
 
-class Scaled(ValueFunction):
+class SteeperOfTest(ValueFunction):
     def __init__(self, *, beta: float = 1.0) -> None:
         super().__init__()
         self.beta = beta
@@ -176,11 +176,11 @@ class Scaled(ValueFunction):
 def test_values_of_an_edited_loss_are_refused(study, tmp_path, monkeypatch, part):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    module = f"scaled_{part.replace('-', '_')}"
-    (tmp_path / f"{module}.py").write_text(SCALED.replace("FACTOR", "1.0"))
+    module = f"steeper_{part.replace('-', '_')}"
+    (tmp_path / f"{module}.py").write_text(STEEPER.replace("FACTOR", "1.0"))
     text = (EXPERIMENTS / "objectives/kto.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(text)
-    function = {"class_path": f"{module}.Scaled", "init_args": {"beta": 0.5}}
+    function = {"class_path": f"{module}.SteeperOfTest", "init_args": {"beta": 0.5}}
     arms = {"mine": {"objective": "mine.yaml", "reference_point": "CandidateKL", "value_function": function}}
     study |= {"arms": arms, "axes": {}, "noise": [0.0], "seeds": 2}
     out = run(study, tmp_path)
@@ -190,7 +190,7 @@ def test_values_of_an_edited_loss_are_refused(study, tmp_path, monkeypatch, part
     if part == "objective":
         (tmp_path / "mine.yaml").write_text(text.replace("lambda_undesirable: 1.0", "lambda_undesirable: 5.0"))
     else:
-        (tmp_path / f"{module}.py").write_text(SCALED.replace("FACTOR", "2.0"))
+        (tmp_path / f"{module}.py").write_text(STEEPER.replace("FACTOR", "2.0"))
     with pytest.raises(StudyError, match=r"mine \(their YAML or Python files have changed"):
         run(study | {"seeds": 4}, tmp_path)
     assert (out / "values.csv.gz").read_bytes() == packed
