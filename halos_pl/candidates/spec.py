@@ -8,7 +8,6 @@ import itertools
 import json
 import re
 import sys
-import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-import halos_pl
-import value_functions
 from halos_pl.candidates.fitting import refuse
 from halos_pl.candidates.states import Precision
 from halos_pl.common.experiments import config_file, objectives, shipped_paths
@@ -26,6 +23,7 @@ from halos_pl.common.yaml_files import Lines, read_yaml
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.halo import Objective
 from halos_pl.policy.loading import ModelSpec
+from halos_pl.study.contents import is_users
 from halos_pl.study.spec import StudyError
 
 Metric: TypeAlias = Literal["accuracy", "follows", "chosen", "gap", "kl"]
@@ -288,17 +286,8 @@ def _content(sweep: Sweep, arm: str, built: Iterable[Objective]) -> str:
     content, _ = read_yaml(config_file(sweep.arms[arm][OBJECTIVE], objectives(), OBJECTIVE))
     classes = {type(part) for objective in built for part in objective.modules()}
     modules = [sys.modules.get(each.__module__) for each in classes]
-    files = sorted(
-        {file for module in modules if (file := getattr(module, "__file__", None)) and _is_users(Path(file))}
-    )
+    files = sorted({file for module in modules if (file := getattr(module, "__file__", None)) and is_users(Path(file))})
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
     for file in files:
         digest.update(Path(file).read_bytes())
     return digest.hexdigest()
-
-
-def _is_users(file: Path) -> bool:
-    """Whether a file belongs neither to an installed package nor to this one, which have a version or a revision."""
-    ours = {Path(halos_pl.__file__).parent, Path(value_functions.__file__).parent}
-    installed = {Path(path) for path in sysconfig.get_paths().values()}
-    return not (ours | installed) & {*file.resolve().parents, *file.parents}

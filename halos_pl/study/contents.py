@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sysconfig
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import halos_pl
+import value_functions
 from halos_pl.data.cache_key import content_hash
 from halos_pl.data.formats import files_of
 from halos_pl.data.source import Source
@@ -17,6 +20,13 @@ from halos_pl.data.source import Source
 KEPT = ("cache_dir",)
 #: Settings that may name a folder to read.
 READ = ("path", "train", "validation", "test", "predict")
+
+
+def is_users(file: Path) -> bool:
+    """Whether a file belongs neither to an installed package nor to halos_pl, which have a version or a revision."""
+    ours = {Path(halos_pl.__file__).parent, Path(value_functions.__file__).parent}
+    installed = {Path(path) for path in sysconfig.get_paths().values()}
+    return not (ours | installed) & {*file.parents, *file.resolve().parents}
 
 
 def digest(value: Any) -> str:

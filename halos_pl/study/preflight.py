@@ -9,7 +9,6 @@ import json
 import logging
 import re
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ from typing import Any, Protocol
 
 import yaml
 
-import halos_pl
-import value_functions
 from halos_pl.data.example import DataError
 from halos_pl.data.prompt_files import read_prompt_rows
 from halos_pl.data.prompts import TextPrompts
@@ -31,7 +28,7 @@ from halos_pl.evaluation.metrics import CODE, metric_of
 from halos_pl.evaluation.win_rates import win_rates_of
 from halos_pl.policy.spec import ModelError
 from halos_pl.study.apart import check_apart
-from halos_pl.study.contents import config_by_content, digest
+from halos_pl.study.contents import config_by_content, digest, is_users
 from halos_pl.study.control import measured_on
 from halos_pl.study.held_out import check_held_out
 from halos_pl.study.planned_power import assumed
@@ -255,13 +252,11 @@ def _plugin_digests(config: str) -> list[str]:
     Installed packages and halos_pl have a version or a revision, which the report names; a user's file may change
     between two runs.
     """
-    ours = {Path(halos_pl.__file__).parent, Path(value_functions.__file__).parent}
-    installed = {Path(path) for path in {*sysconfig.get_paths().values()}}
     digests = set()
     for path in set(re.findall(r"class_path: (\S+)", config)):
         module = sys.modules.get(path.rpartition(".")[0])
         file = Path(getattr(module, "__file__", None) or "")
-        if file.is_file() and not (ours | installed) & set(file.parents):
+        if file.is_file() and is_users(file):
             digests.add(hashlib.sha256(file.read_bytes()).hexdigest())
     return sorted(digests)
 
