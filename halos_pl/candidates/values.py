@@ -169,8 +169,23 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _has_values(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (VALUES, PROMPTS, RATES))
+def _refuse_others(folder: Path, before: Mapping[str, Any], settings: Mapping[str, Any], data: str) -> None:
+    """Refuses to add to values that were computed with other settings or data."""
+    for key, value in settings.items():
+        if (old := before["settings"].get(key)) == value:
+            continue
+        if key == "objectives":
+            changed = [arm for arm, content in value.items() if (old or {}).get(arm) != content]
+            raise StudyError(
+                f"{folder} has values for another content of the objectives of {', '.join(changed)} (their YAML or"
+                " Python files have changed); name another folder with --out, or restore the files"
+            )
+        raise StudyError(
+            f"{folder} has values for {key} {old!r}, not {value!r}; name another folder with --out, or restore the"
+            " setting"
+        )
+    if before["data"] != data:
+        raise StudyError(f"{folder} has values for other data; name another folder with --out")
 
 
 def claim(sweep: Sweep, built: Mapping[Cell, Objective], source: Path, folder: Path, record: Mapping[str, Any]) -> None:
@@ -186,27 +201,10 @@ def claim(sweep: Sweep, built: Mapping[Cell, Objective], source: Path, folder: P
         StudyError: the folder has values that were computed with other settings or data, or other files.
     """
     settings = json.loads(json.dumps(settings_of(sweep, built)))
-    if (folder / RECORD).is_file():
-        before = read_record(folder)
-        for key, value in settings.items():
-            if (old := before["settings"].get(key)) == value:
-                continue
-            if key == "objectives" and _has_values(folder):
-                changed = [arm for arm, content in value.items() if (old or {}).get(arm) != content]
-                raise StudyError(
-                    f"{folder} has values for another content of the objectives of {', '.join(changed)} (their YAML or"
-                    " Python files have changed); name another folder with --out, or restore the files"
-                )
-            if _has_values(folder):
-                raise StudyError(
-                    f"{folder} has values for {key} {old!r}, not {value!r}; name another folder with --out, or restore"
-                    " the setting"
-                )
-        if before["data"] != record["data"] and _has_values(folder):
-            raise StudyError(f"{folder} has values for other data; name another folder with --out")
-        if not _has_values(folder):
-            write(folder / RECORD, json.dumps({"settings": settings, **record}, indent=1) + "\n")
-    elif folder.is_dir() and any(folder.iterdir()):
+    has_values = any((folder / name).is_file() for name in (VALUES, PROMPTS, RATES))
+    if (folder / RECORD).is_file() and has_values:
+        _refuse_others(folder, read_record(folder), settings, record["data"])
+    elif folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
         raise StudyError(f"{folder} is not empty and is not the folder of a sweep; name another folder with --out")
     else:
         folder.mkdir(parents=True, exist_ok=True)
