@@ -10,6 +10,7 @@ import pytest
 from run_halos import fit, one_error, pair_data
 
 from halos_pl.cli.main import main
+from halos_pl.evaluation.arguments import measuring
 from halos_pl.evaluation.compare import differences
 
 
@@ -59,3 +60,9 @@ def test_as_trained_needs_a_run_of_such_a_precision(runs: Path, tiny_folder: Pat
     for model, named in ((runs / "bf16-true", "bf16-true"), (tiny_folder, tiny_folder.name)):
         words = ["evaluate", str(model), f"--held_out={runs / 'pairs.jsonl'}", "--precision=as_trained"]
         assert named in one_error(words, capfd)
+
+
+def test_a_setting_of_0_is_recorded_and_the_default_precision_is_not() -> None:
+    recorded = measuring({"num_fewshot": 0, "limit": None, "allow_code_execution": False, "precision": "32-true"})
+    assert recorded["evaluate"] == {"num_fewshot": 0}
+    assert measuring({"precision": "as_trained"})["evaluate"] == {"precision": "as_trained"}

@@ -64,7 +64,9 @@ def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:
         folders.append(raw)
     raw_files = {str(raw): _digest(sorted(path for path in raw.rglob("*") if path.is_file())) for raw in folders}
     added = (*LATER, *FOR_WIN_RATES)
-    recorded = {k: v for k, v in arguments.items() if k not in added or v not in (None, False, DEFAULTS.get(k))}
+    # By identity: num_fewshot: 0 is a setting, though it equals False.
+    unset = {k for k in added if (v := arguments.get(k)) is None or v is False or v == DEFAULTS.get(k)}
+    recorded = {k: v for k, v in arguments.items() if k not in unset}
     if judge := recorded.get("win_rate"):
         data += [judge] if Path(judge).is_file() else []
         recorded |= {k: asdict(v) for k, v in recorded.items() if is_dataclass(v) and not isinstance(v, type)}
