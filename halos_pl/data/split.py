@@ -112,7 +112,7 @@ class Split:
 
     Raises:
         DataError: control tokens fill ``max_length``; the objective needs pairs or scores and a row has none; or a
-            score does not fit float32.
+            score or weight does not fit float32.
     """
 
     def __init__(
@@ -184,6 +184,7 @@ class Split:
             self.longest = int(self.prompt_length.max(initial=0) + self.completion_length.max(initial=0))
         self.longest = min(max_length, self.longest + longest_control)
         self.table = table
+        self._check_weights()
         self.score = self._scores()
         self.examples = self._examples(together)
 
@@ -192,6 +193,16 @@ class Split:
         for store, count in zip(table.stores, number.tolist(), strict=True):
             counts = self.counts[store.path]
             setattr(counts, name, getattr(counts, name) + count)
+
+    def _check_weights(self) -> None:
+        weight, table = self.table.weight, self.table
+        with np.errstate(over="ignore", under="ignore"):
+            single = weight.astype(np.float32)
+        for place in (~((weight >= 0) & np.isfinite(single) & ((single > 0) == (weight > 0)))).nonzero()[0].tolist():
+            raise DataError(
+                f"{table.name(place)}: the weight {weight[place]:g} is not a number of at least 0 that fits float32;"
+                " rescale the weights"
+            )
 
     def _scores(self) -> NDArray[np.float64]:
         """Each row's score less the mean of its prompt, so that float32 keeps small differences of large scores.
@@ -273,7 +284,7 @@ class Split:
         """A hash of what the model sees, in order, independent of file names."""
         digest = hashlib.sha256(json.dumps([store.digest for store in self.table.stores]).encode())
         table = self.table
-        columns = [table.source, table.row, table.label, table.score, table.pair]
+        columns = [table.source, table.row, table.label, table.score, table.weight, table.pair]
         for column in (*columns, self.prompt_length, self.completion_length):
             digest.update(np.ascontiguousarray(column).tobytes())
         digest.update(repr(self.control).encode())
@@ -329,4 +340,5 @@ class _Rows(Sequence[TokenizedRow]):
             pair=int(table.pair[place]) if split.pairs else -1,
             control=split.control[desirable],
             score=float(split.score[place]),
+            weight=float(table.weight[place]),
         )
