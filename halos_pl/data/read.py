@@ -140,10 +140,3 @@ def read(
                 yield item
             else:
                 yield from _items(parse, item, place, source, columns, text_prompts, loss_on)
-    if columns is not None and columns.weights.all_zero:
-        yield Fault(
-            source.path,
-            f"column '{columns.weights.column}' is 0 in every row, so that none would count; correct the weights, or"
-            " leave the source out",
-            fatal=True,
-        )

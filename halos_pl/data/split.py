@@ -111,8 +111,8 @@ class Split:
         control: control tokens for desirable (True) and undesirable rows.
 
     Raises:
-        DataError: control tokens fill ``max_length``; the objective needs pairs or scores and a row has none; or a
-            score or weight does not fit float32.
+        DataError: control tokens fill ``max_length``; the objective needs pairs or scores and a row has none; a score
+            or weight does not fit float32; or all weights of a source are 0.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class Split:
         control: Mapping[bool, tuple[int, ...]] | None = None,
         keep_together: Together | None = None,
     ) -> None:
+        _check_weights(table)
         self.max_length = max_length
         self.control = control or {True: (), False: ()}
         self.counts = {
@@ -184,7 +185,6 @@ class Split:
             self.longest = int(self.prompt_length.max(initial=0) + self.completion_length.max(initial=0))
         self.longest = min(max_length, self.longest + longest_control)
         self.table = table
-        self._check_weights()
         self.score = self._scores()
         self.examples = self._examples(together)
 
@@ -193,16 +193,6 @@ class Split:
         for store, count in zip(table.stores, number.tolist(), strict=True):
             counts = self.counts[store.path]
             setattr(counts, name, getattr(counts, name) + count)
-
-    def _check_weights(self) -> None:
-        weight, table = self.table.weight, self.table
-        with np.errstate(over="ignore", under="ignore"):
-            single = weight.astype(np.float32)
-        for place in (~((weight >= 0) & np.isfinite(single) & ((single > 0) == (weight > 0)))).nonzero()[0].tolist():
-            raise DataError(
-                f"{table.name(place)}: the weight {weight[place]:g} is not a number of at least 0 that fits float32;"
-                " rescale the weights"
-            )
 
     def _scores(self) -> NDArray[np.float64]:
         """Each row's score less the mean of its prompt, so that float32 keeps small differences of large scores.
@@ -291,6 +281,25 @@ class Split:
         if not isinstance(self.examples, _Singles):
             digest.update(repr([tuple(example) for example in self.examples]).encode())
         return digest.hexdigest()
+
+
+def _check_weights(table: Table) -> None:
+    for store in table.stores:
+        if len(store.rows) and not store.rows["weight"].any():
+            raise DataError(
+                f"{store.path}: column '{store.weighted_by}' is 0 in every row, so none would count; correct the"
+                " weights, or leave the source out"
+            )
+    weight = table.weight
+    with np.errstate(over="ignore", under="ignore"):
+        single = weight.astype(np.float32)
+    wrong = ~((weight >= 0) & np.isfinite(single) & ((single > 0) == (weight > 0)))
+    if wrong.any():
+        place = int(wrong.nonzero()[0][0])
+        raise DataError(
+            f"{table.name(place)}: the weight {weight[place]:g} is not a number of at least 0 that fits float32;"
+            " rescale the weights"
+        )
 
 
 class _Singles(Sequence[tuple[int]]):

@@ -20,6 +20,8 @@ _EVERY = "give every row one (1 for a row that counts as usual)"
 #: The columns with votes, as a regular expression.
 VOTES = "votes(_for|_against)?"
 _COUNTS = ("votes_for", "votes_against")
+#: The columns about a judgement, which do not go with another judgement of the same prompt.
+OF_JUDGEMENTS = ("confidence", "votes", *_COUNTS)
 
 
 class Weights:
@@ -27,13 +29,9 @@ class Weights:
 
     Args:
         source: source of the rows.
-
-    Attributes:
-        all_zero: whether rows have a weight, and every weight so far is 0.
     """
 
     def __init__(self, source: Source) -> None:
-        self.all_zero = False
         self._source = source
         self._column: str | None = None
         self._first: str | None = None  # the first row that was read
@@ -63,7 +61,7 @@ class Weights:
             raise BadRow(f"is a weight, and '{first}' of the row is another; keep one of them", filled[1], "", second)
         name = filled[0] if filled else None
         if self._first is None:
-            self._first, self._column, self.all_zero = place, name, name is not None
+            self._first, self._column = place, name
         if name is None and self._column is not None:
             raise BadRow(f"is missing or null, but {self._first} has a weight there; {_EVERY}", self._column)
         if name is None:
@@ -75,7 +73,6 @@ class Weights:
         weight = self._number(row[name])
         if weight is None or not 0 <= weight <= WEIGHTS[name] or weight == math.inf:
             raise BadRow(f"is {short(row[name])}; a {name} must be {_RANGES[name]}", name, "", name)
-        self.all_zero &= weight == 0
         return weight
 
     def _number(self, value: Any) -> float | None:
