@@ -110,6 +110,8 @@ class Labels:
             them in the same step has a different number. Default: each row is its own group.
         score: float32 [n], quality of a row, higher is better, in the unit of the data minus the mean of its prompt's
             rows. NaN, and the default, stand for 1 in desirable and 0 in undesirable rows.
+        weight: float32 [n], factor of the row's loss, at least 0; the two rows of a pair have the same. Every term
+            multiplies the row's share of its sum by it, and no denominator depends on it. Default: 1.
 
     Raises:
         ValueError: for a column that is not of shape [n].
@@ -120,6 +122,7 @@ class Labels:
     mismatched: Tensor = None  # type: ignore[assignment]
     group: Tensor = None  # type: ignore[assignment]
     score: Tensor = None  # type: ignore[assignment]
+    weight: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         n, device = len(self.desirable), self.desirable.device
@@ -129,6 +132,8 @@ class Labels:
             self.mismatched = torch.zeros(n, dtype=torch.bool, device=device)
         if self.group is None:
             self.group = torch.arange(n, device=device)
+        if self.weight is None:
+            self.weight = torch.ones(n, device=device)
         by_label = self.desirable.float()
         self.score = by_label if self.score is None else torch.where(self.score.isnan(), by_label, self.score)
         for column in fields(self):

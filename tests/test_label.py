@@ -62,6 +62,16 @@ def examples(folder: Path) -> list[Example]:
     return items  # type: ignore[return-value]
 
 
+def test_a_weight_of_the_prompt_survives_and_a_confidence_does_not(folder: Path) -> None:
+    """The confidence is in an earlier judgement."""
+    write_jsonl(folder / "s.jsonl", [row | {"weight": 0.5, "confidence": 0.25, "votes": [1]} for row in ROWS])
+    for form in ("scored", "binary", "pairs"):
+        assert all(
+            row["weight"] == 0.5 and not row.keys() & {"confidence", "votes"} for row in labelled(folder, form=form)
+        )
+        assert {each.weight for each in examples(folder)} == {0.5}
+
+
 def test_scores(folder: Path) -> None:
     rows = labelled(folder)
     assert [row["scores"] for row in rows] == [[0.25, 0.75, 0.5], [0.5, 0.5], [1.0, 0.25]]

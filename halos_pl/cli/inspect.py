@@ -32,6 +32,7 @@ from halos_pl.data.store import Store, open_store
 from halos_pl.data.table import Table
 from halos_pl.data.template import template_of, use_template
 from halos_pl.data.transforms import ThresholdScores
+from halos_pl.data.weights import summary_of
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 BINS = 16
@@ -48,7 +49,7 @@ class ShownRow:
 
     Attributes:
         name: name of the row.
-        verdict: ``desirable``, ``undesirable``, or the score if the row has no label.
+        verdict: ``desirable``, ``undesirable``, or the score if the row has no label; and the weight if it is not 1.
         prompt, completion: text of each token; only the end of a long prompt.
         loss: whether each text of the completion carries the loss.
     """
@@ -79,6 +80,7 @@ class Inspection:
         max_length: length limit in tokens; rows that it would truncate or drop are counted.
         faults: the first few faults, one line each.
         unused: columns with values that are not read.
+        weights: the column with the rows' weights, their range and mean; None without one.
         text_prompts: encoding of plain-text prompts; None if there are none.
         notes: remarks on examples, with the number of examples.
         examples: a few rows.
@@ -92,6 +94,7 @@ class Inspection:
     max_length: int
     faults: list[str]
     unused: list[str]
+    weights: str | None
     text_prompts: str | None
     notes: dict[str, int]
     examples: list[ShownRow]
@@ -151,6 +154,8 @@ def _figures(store: Store, table: Table, judged: Table, max_length: int) -> dict
         **({"examples whose text spells special tokens": store.spelling} if store.spelling else {}),
         **{f"spelled: {token}": number for token, number in store.spelled.items()},
     }
+    if judges := int((store.rows["agree"] + store.rows["disagree"] > 0).sum()):
+        figures |= {"rows with votes, for the transform Agreement": judges}
     if len(scores):
         figures |= {"rows with a score": len(scores), "lowest score": scores.min(), "median score": np.median(scores)}
         figures |= {"highest score": scores.max(), "dropped at the prompt's mean": len(table) - len(judged)}
@@ -159,6 +164,7 @@ def _figures(store: Store, table: Table, judged: Table, max_length: int) -> dict
 
 def _shown_row(tokenizer: PreTrainedTokenizerBase, table: Table, place: int) -> ShownRow:
     words = {1: "desirable", 0: "undesirable"}
+    weight = "" if table.weight[place] == 1 else f", weight {table.weight[place]:g}"
     ids, loss = table.completion_ids(place), table.loss(place)
     loss = np.ones(len(ids), bool) if loss is None else loss
     edges = [0, *((loss[1:] != loss[:-1]).nonzero()[0] + 1).tolist(), len(ids)]
@@ -170,7 +176,7 @@ def _shown_row(tokenizer: PreTrainedTokenizerBase, table: Table, place: int) -> 
         carries += [bool(loss[start])] * len(run)
     return ShownRow(
         name=table.name(place),
-        verdict=words.get(int(table.label[place]), f"score {table.score[place]:g}"),
+        verdict=words.get(int(table.label[place]), f"score {table.score[place]:g}") + weight,
         prompt=_token_texts(tokenizer, table.prompt_ids(int(table.prompt[place]))[-SHOWN_PROMPT_TOKENS:]),
         completion=texts,
         loss=carries,
@@ -243,6 +249,7 @@ def inspect(
         max_length=max_length,
         faults=store.faults[:10],
         unused=store.unused,
+        weights=summary_of(store.weighted_by, table.weight),
         text_prompts=convention(store.text_prompts, text_prompts, bool(tokenizer.chat_template)),
         notes=store.notes,
         examples=[_shown_row(tokenizer, table, place) for place in chosen],
@@ -282,10 +289,9 @@ def show(inspection: Inspection, console: Console) -> None:
         console.print(f"  {low:>6} to {high:<6} {'█' * round(40 * rows / most):<40} {rows:,}", highlight=False)
     if inspection.text_prompts:
         console.print(Text(f"\n{inspection.text_prompts}"))
-    for note in counted(inspection.notes):
-        console.print(Text(f"\n{note}"))
-    if inspection.unused:
-        console.print(Text(f"\nnot used: {', '.join(inspection.unused)}"))
+    not_used = f"not used: {', '.join(inspection.unused)}" if inspection.unused else None
+    for line in filter(None, (*counted(inspection.notes), inspection.weights, not_used)):
+        console.print(Text(plain(f"\n{line}")))
     if inspection.faults:
         console.print(f"\n[red]faults[/red] (the first of {inspection.figures['faulty rows']:,})")
         for fault in inspection.faults:

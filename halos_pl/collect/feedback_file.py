@@ -51,13 +51,18 @@ def _checked_rows(path: Path, kind: Kind) -> int:
     """The number of rows in an existing file.
 
     Raises:
-        DataError: a row cannot be read, or is of another kind; names file and line.
+        DataError: a row cannot be read, is of another kind, or has a weight; names file and line.
     """
     rows = 0
     for item in read(Source(str(path))):
         if isinstance(item, Fault):
             raise DataError(f"{item}; fix it, or name another file with --out")
         rows += 1
+        if isinstance(item, Example) and item.weighted_by:
+            raise DataError(
+                f"{item.row_id}: has a weight in column '{item.weighted_by}', which new rows would lack; name another"
+                " file with --out"
+            )
         if isinstance(item, Example) and _kind_of(item) != kind:
             other = _kind_of(item)
             what = _MEANING[other] if other else "neither a labelled answer nor a choice"

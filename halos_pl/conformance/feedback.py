@@ -141,13 +141,15 @@ def feedback_sign(case: FeedbackCase) -> str | None:
             sign = torch.where(rows.labels.desirable, -1.0, 1.0)
             return Judgement(sign, torch.ones(len(rows)), rows.labels.train.sum().float())
         """,
-    cure="""Multiply weights by rows.labels.train, which is False for mismatched rows. A row that pulls the other way
-    has the other sign, not a negative weight. Declare needs = Needs(undesirable=True) if undesirable rows count.""",
+    cure="""Multiply weights by rows.labels.train, which is False for mismatched rows, and not by rows.labels.weight. A
+    row that pulls the other way has the other sign, not a negative weight. Declare needs = Needs(undesirable=True) if
+    undesirable rows count.""",
 )
 def feedback_weight(case: FeedbackCase) -> str | None:
     """Weights are at least 0, exactly 0 for mismatched rows, and above 0 for some row of some step.
 
     If `needs` names neither `undesirable` nor `pairs`, undesirable rows have weight 0, since training drops them.
+    The rows' own weights are left to the loss, which multiplies by them: another unit of theirs changes nothing.
     """
     counted = False
 
@@ -165,7 +167,10 @@ def feedback_weight(case: FeedbackCase) -> str | None:
             if not (case.needs.undesirable or case.needs.pairs) and bool((weight[~rows.labels.desirable] != 0).any()):
                 return f"{labels(rows)}: weights {listed(weight)}, but `needs` does not name `undesirable`"
             counted |= bool((weight > 0).any())
-        return None
+        rows = case.rows(step)
+        judged = case.judged(replace(rows, labels=replace(rows.labels, weight=4 * rows.labels.weight)))
+        witness = _differs(case.judged(rows), judged, torch.arange(len(rows)), judged.denominator)
+        return witness and f"{labels(rows)}: {witness} if all rows have four times their own weight"
 
     witness = case.smallest(fault)
     return witness if witness or counted else "every row has weight 0, so nothing is learnt"

@@ -36,7 +36,7 @@ class Expectation:
     """The loss of some rows by the definition, from the parts alone.
 
     Attributes:
-        loss: sum of w * a * v / denominator, float64 scalar with gradient.
+        loss: sum of w * a * v / denominator, float64 scalar with gradient; w includes each row's own weight.
         size: sum of the terms' absolute values.
         sign, weight: of each row that carries a loss.
     """
@@ -264,6 +264,7 @@ class HaloCase(PartCase):
         parts = parts or self.fresh()
         detached = rows.detach()
         sign, weight, denominator = parts.feedback(detached)
+        weight = weight * detached.labels.weight
         train = rows.labels.train.nonzero().squeeze(1)
         train_rows = rows.select(train)
         reward = parts.reward(train_rows)

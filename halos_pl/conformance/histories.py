@@ -51,11 +51,11 @@ def _slopes(rows: LogProbBatch, judged: Judgement, means: tuple[float | None, fl
     train = rows.labels.train_index
     draw = torch.Generator().manual_seed(seed)
     good, bad = (mean or 0.0 for mean in means)
-    desirable, weight = rows.labels.desirable[train], judged.weight[train]
+    desirable, weight, own = (column[train] for column in (rows.labels.desirable, judged.weight, rows.labels.weight))
     size = torch.where(desirable, good, bad) * (0.5 + torch.rand(len(train), generator=draw))
     u = torch.randn(len(train), generator=draw)
     slope = judged.sign[train] * weight * size / judged.denominator.clamp(min=1)
-    return Slopes(desirable, weight, u, slope, u, judged.denominator)
+    return Slopes(desirable, weight * own, u, slope * own, u, judged.denominator, own)
 
 
 def retold(feedback: Feedback, history: Told, share: Callable[[LogProbBatch], Tensor]) -> None:

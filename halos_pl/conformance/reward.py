@@ -259,6 +259,7 @@ def _relabelled(rows: LogProbBatch, step: Step, needs: Needs) -> Iterator[tuple[
         ({"desirable": ~labels.desirable}, "with the other label"),
         ({"score": 1000.0 - 3 * torch.arange(len(rows)).to(labels.score)}, "with another score"),
         ({"score": same.to(labels.score)}, "if all scores are the same"),
+        ({"weight": 1.5 + labels.weight.flip(0)}, "with another weight"),
         ({"mismatched": torch.ones_like(labels.mismatched), "pair": unpaired}, "if it is mismatched"),
         ({"group": renumbered(rows, step).labels.group}, "whose prompt has another number"),
         ({"group": same}, "if all rows answer the same prompt"),

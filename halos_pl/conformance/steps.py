@@ -136,7 +136,12 @@ class Step:
             reference_logps=reference,
             mask=mask,
             labels=Labels(
-                desirable=desirable, pair=pair, mismatched=mismatched, group=prompt, score=self._scores(desirable)
+                desirable=desirable,
+                pair=pair,
+                mismatched=mismatched,
+                group=prompt,
+                score=self._scores(desirable),
+                weight=self._weights(pair),
             ),
             kl=log_probs().abs() / 10 * mismatched[:, None],
             routing=routing_of(mask & ~mismatched[:, None], dtype, self.seed + 2),
@@ -156,6 +161,14 @@ class Step:
         if self.rewards == "skewed":
             scalars[1:] = 0.0
         return scalars if self.rewards != "equal" else torch.full_like(scalars, self.scale)
+
+    def _weights(self, pair: torch.Tensor) -> torch.Tensor:
+        """The rows' own weights: 1 in every third step, else 0 to 3, equal in a pair; from a separate generator."""
+        draw = torch.Generator().manual_seed(self.seed + 5)
+        weight = torch.randint(0, 7, pair.shape, generator=draw).float() / 2
+        if not self.seed % 3:
+            return torch.ones_like(weight)
+        return torch.where(pair < 0, weight, torch.maximum(weight, weight[pair]))
 
     def _scores(self, desirable: torch.Tensor) -> torch.Tensor:
         """Scores of the rows, of either sign regardless of the label; missing for some rows, and in every third step.

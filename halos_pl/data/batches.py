@@ -40,6 +40,7 @@ class TokenizedRow:
         control: token ids between prompt and completion that name the label.
         score: higher is better, in the source's unit; NaN if missing.
         loss: which tokens of the completion carry the loss, bool [t]; None for all.
+        weight: factor of the row's loss, at least 0.
     """
 
     prompt: int
@@ -51,6 +52,7 @@ class TokenizedRow:
     control: tuple[int, ...] = ()
     score: float = math.nan
     loss: NDArray[np.bool_] | None = None
+    weight: float = 1.0
 
 
 class StepDataset(Dataset[TokenBatch]):
@@ -188,7 +190,7 @@ class _Builder:
         self._source, self._prefix = prompts, prefix
         self._prompt_index: dict[tuple[int, int, tuple[int, ...]], int] = {}
         self.prompts: list[Tensor] = []
-        self.columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [], [])
+        self.columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [], [], [])
 
     def add(
         self,
@@ -208,7 +210,7 @@ class _Builder:
             self.prompts.append(torch.tensor([*self._cut(x.prompt, length), *x.control], dtype=torch.long))
         ids = torch.tensor(np.asarray(y.completion), dtype=torch.long)
         loss = None if y.loss is None else torch.tensor(y.loss)
-        row = (ids, self._prompt_index[key], desirable, pair, mismatched, name, group, score, loss)
+        row = (ids, self._prompt_index[key], desirable, pair, mismatched, name, group, score, loss, x.weight)
         for column, value in zip(self.columns, row, strict=True):
             column.append(value)
 
@@ -220,7 +222,7 @@ class _Builder:
         return [*start, *ids[len(start) - length :].tolist()]
 
     def build(self) -> TokenBatch:
-        completions, prompt, desirable, pair, mismatched, row_ids, group, score, loss = self.columns
+        completions, prompt, desirable, pair, mismatched, row_ids, group, score, loss, weight = self.columns
         return TokenBatch(
             prompts=self.prompts,
             completions=completions,
@@ -231,6 +233,7 @@ class _Builder:
                 mismatched=torch.tensor(mismatched, dtype=torch.bool),
                 group=torch.tensor(group, dtype=torch.long),
                 score=torch.tensor(score, dtype=torch.float32),
+                weight=torch.tensor(weight, dtype=torch.float32),
             ),
             row_ids=row_ids,
             loss=loss if any(carried is not None for carried in loss) else None,

@@ -38,6 +38,7 @@ class _Writer:
         self.reasons: dict[str, int] = {}
         self.skipped: Counter[str] = Counter()
         self.unused: dict[str, None] = {}
+        self.weighted_by: str | None = None
         self.digest = hashlib.sha256()
 
     def fault(self, fault: Fault) -> None:
@@ -59,6 +60,7 @@ class _Writer:
                 continue
             self.examples += 1
             self.text_prompts += example.text_prompt
+            self.weighted_by = example.weighted_by
             raw = np.asarray(tokens.prompt, dtype="<i4").tobytes()
             key = hashlib.blake2b(raw, digest_size=16).digest()
             if key not in self.prompts:
@@ -70,8 +72,8 @@ class _Writer:
         for name, written in (("rows", np.array(rows, dtype=ROW)), ("prompts", np.array(new, dtype=PROMPT))):
             self.files[name].write(written.tobytes())
         for example_rows in rows:  # what the model sees, and the labels
-            prompt, _, length, label, score, pair, _, _, text = example_rows
-            self.digest.update(repr((prompt, length, label, score, pair - self.row, text)).encode())
+            prompt, _, length, label, score, pair, _, _, text, *weights = example_rows
+            self.digest.update(repr((prompt, length, label, score, pair - self.row, text, weights)).encode())
         self.digest.update(b"".join(key for _, _, key in new))
 
     def _rows(self, example: Example, prompt: int, tokens: Tokens) -> Iterator[tuple[Any, ...]]:
@@ -83,6 +85,9 @@ class _Writer:
             which = ("#chosen", "#rejected")[k] if example.paired else f"#{k + 1}" if several else ""
             suffix = self.suffixes.setdefault(part + which, len(self.suffixes))
             label, score = example.labels[k], example.scores[k]
+            votes = example.votes or (0.0, 0.0)
+            if not (label or example.paired):
+                votes = votes[::-1]
             raw = np.asarray(ids, dtype="<i4").tobytes()
             self.files["tokens"].write(raw)
             self.files[SPANS].write(np.array([(self.row, *span) for span in carrying], dtype=SPAN).tobytes())
@@ -97,6 +102,8 @@ class _Writer:
                 int(line),
                 suffix,
                 int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little"),
+                example.weight,
+                *votes,
             )
             self.place += len(ids)
             self.row += 1
@@ -117,6 +124,7 @@ class _Writer:
             "spelling": self.encoder.spelling,
             "spelled": dict(self.encoder.spelled.most_common()),
             "text_prompts": self.text_prompts,
+            "weighted_by": self.weighted_by,
             "notes": dict(self.encoder.notes),
             "digest": self.digest.hexdigest(),
         }

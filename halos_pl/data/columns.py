@@ -39,6 +39,7 @@ from halos_pl.data.schemas import SCHEMAS, Schema
 from halos_pl.data.source import Source
 from halos_pl.data.text import TEXT
 from halos_pl.data.values import BadRow, checked_text, has_value
+from halos_pl.data.weights import WEIGHTS, Weights
 
 _MESSAGE = frozenset(("role", "content", "from", "value", *CARRIED))
 _TOOLS = "tools"
@@ -56,6 +57,7 @@ def is_read(name: str) -> bool:
         or any(re.fullmatch(schema.also, name) for schema in SCHEMAS.values())
         or any(means(pattern, name) for pattern in patterns)
         or name == _TOOLS
+        or name in WEIGHTS
     )
 
 
@@ -76,7 +78,7 @@ def _kinds(schema: Schema, columns: frozenset[str]) -> _Kinds:
     kinds: dict[str, list[str]] = {"read": [], "system": [], "parts": [], "refused": [], "unused": [], "tools": []}
     read = {next((name for name in column.split("|") if name in columns), column) for column in schema.columns}
     for name in sorted(columns):
-        if name in read or re.fullmatch(schema.also, name):
+        if name in read or name in WEIGHTS or re.fullmatch(schema.also, name):
             kinds["read"].append(name)
         elif means(SYSTEM, name):
             kinds["system"].append(name)
@@ -113,10 +115,14 @@ class Columns:
         source: source of the rows.
         schema: schema of the rows.
         unused: receives the columns and message keys that have values but are not read.
+
+    Attributes:
+        weights: the weights of the rows.
     """
 
     def __init__(self, source: Source, schema: Schema, unused: dict[str, None]) -> None:
         self.source, self.schema, self.unused = source, schema, unused
+        self.weights = Weights(source)
         # Alpaca's instruction and input are one prompt.
         mapped = source.columns.get("prompt") == "instruction"
         is_column = "instruction" in schema.columns
@@ -140,6 +146,8 @@ class Columns:
             self._note(name, value)
         for name in (*kinds.unused, *sorted(idle_scores(row, kinds.read))):
             self._note(name, row[name])
+        if not isinstance(row.get("votes"), list | None) and "votes" in kinds.read:  # a count, of nobody knows what
+            self._note("votes", row["votes"])
         self._check_values(row, kinds.read)
         for name in (*kinds.system, *kinds.parts):
             for text in _leaves(row[name]):
@@ -154,17 +162,27 @@ class Columns:
                 row = {k: v for k, v in row.items() if k != "input"} | {self.instruction: "\n".join(parts)}
         return row
 
-    def in_context(self, items: list[Example | Skipped], row: dict[str, Any]) -> Iterator[Example | Skipped]:
-        """The examples of a row, with the row's system text and earlier turns prepended to the prompt.
+    def in_context(
+        self, items: list[Example | Skipped], row: dict[str, Any], place: str = ""
+    ) -> Iterator[Example | Skipped]:
+        """The examples of a row, with its weight, and its system text and earlier turns prepended to the prompt.
 
         Raises:
-            BadRow: a text prompt has no place for them, or a part of the prompt is missing from it.
+            BadRow: a text prompt has no place for them, a part of the prompt is missing from it, or the weight is at
+                fault.
         """
         kinds = _kinds(self.schema, frozenset(row))
         system = {name: row[name] for name in kinds.system if has_value(row[name])}
         parts = _parts(kinds, row)
         tools = self._tools(row[_TOOLS]) if kinds.tools else None
+        weights: dict[str, Any] = {}
+        if any(isinstance(item, Example) for item in items):  # a row without, such as a tie, needs no weight
+            weights = {"weight": self.weights.of(row, place), "weighted_by": self.weights.column}
+            if re.fullmatch(self.schema.also, "votes"):
+                weights["votes"] = self.weights.votes(row)
         for item in items:
+            if isinstance(item, Example):
+                item = replace(item, **weights)
             if isinstance(item, Example) and (system or parts):
                 item = _with_context(item, system, parts)
             if isinstance(item, Example) and tools:

@@ -36,7 +36,8 @@ from halos_pl.data.store import Store
 from halos_pl.data.stores import Stores
 from halos_pl.data.table import Table
 from halos_pl.data.template import template_of, use_template
-from halos_pl.data.transforms import Transform, apply, in_order
+from halos_pl.data.transform_lists import apply, in_order
+from halos_pl.data.transforms import Transform
 
 STAGES = {"fit": "train", "validate": "validation", "test": "test", "predict": "predict"}  # the split each one needs
 
@@ -252,8 +253,7 @@ class FeedbackDataModule(LightningDataModule):
             keep_together=together,
         )
         template = bool(self.tokenizer.chat_template)
-        unread = split == "train" and not (needs.scores or needs.groups or self.transforms)
-        log_split(split, prepared, self.sources[split], self.text_prompts, has_template=template, unread_scores=unread)
+        log_split(split, prepared, self.sources[split], self.text_prompts, template, needs, self.transforms)
         if not len(prepared.table):
             paths = ", ".join(store.path for store in table.stores)
             raise DataError(f"{paths}: no row is left for {split}; see the counts above.")
@@ -273,7 +273,7 @@ class FeedbackDataModule(LightningDataModule):
         return {name: counts_of(split, self._transformed[name]) for name, split in self._splits.items()}
 
     def digests(self, split: str) -> dict[str, str]:
-        """A hash of the tokens and labels of each source, by its name, after :meth:`setup`."""
+        """A hash of the tokens, labels and weights of each source, by its name, after :meth:`setup`."""
         return {store.path: store.digest for store in self.stores(split)}
 
     @property

@@ -50,6 +50,10 @@ class Example:
         text_prompt: whether the source has the prompt as plain text, even if it became a message.
         tools: JSON schemas of the tools that the model may call, for the chat template; None if there are none.
         finished: for each completion, whether it is complete and gets an end token; default: all are.
+        weight: factor of the loss of each completion, at least 0.
+        weighted_by: the source's column with the weight; None without one.
+        votes: how many people find a single completion desirable, or prefer the first of a pair, and how many the
+            opposite; None if there is no record of them.
     """
 
     prompt: Prompt
@@ -61,6 +65,9 @@ class Example:
     text_prompt: bool = field(default=False, compare=False)
     tools: list[dict[str, Any]] | None = None
     finished: tuple[bool, ...] = ()
+    weight: float = 1.0
+    weighted_by: str | None = None
+    votes: tuple[float, float] | None = None
 
     @property
     def size(self) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 # One row of feedback. ``label``: 1 desirable, 0 undesirable, -1 if there is only a score (NaN: none). ``pair``: the row
-# of the pair's other completion, -1 without one. ``text``: a hash of the completion's tokens.
+# of the pair's other completion, -1 without one. ``text``: a hash of the completion's tokens. ``agree``, ``disagree``:
+# how many people judge it as ``label`` says, and how many the opposite; both 0 without a record.
 ROW = np.dtype(
     [
         ("prompt", "<i4"),
@@ -20,6 +21,9 @@ ROW = np.dtype(
         ("line", "<i8"),
         ("suffix", "<i4"),
         ("text", "<u8"),
+        ("weight", "<f8"),
+        ("agree", "<f8"),
+        ("disagree", "<f8"),
     ]
 )
 SPAN = np.dtype([("row", "<i8"), ("start", "<i4"), ("stop", "<i4")])

@@ -13,7 +13,7 @@ TEMPLATE = "is for the chat template"
 UNREAD = "is for the chat template, which gets only messages and 'tools'; write it into the messages"
 ANSWER = "would be lost; write it into the completion"
 MARGIN = "is a margin between two answers, but this row is not a chosen and a rejected one"
-WEIGHT = "is a weight of the row, which no loss uses"
+WEIGHT = "is a weight of the row under another name; map it to the name that is read (columns: {weight: NAME})"
 
 SYSTEM = r"(custom_)?sys(tem)?(_?(prompt|message|msg|instructions?|text|content))?|preamble"
 _MEDIA = (
@@ -32,7 +32,7 @@ COLUMNS = {
     r"documents|tool_choice|chat_template_kwargs": UNREAD,
     _THOUGHTS: ANSWER,
     "margin": MARGIN,
-    r"((sample|example|loss|importance)_)?weight": WEIGHT,
+    r"((row|pair|sample|example|loss|importance)_)?weight|confidence": WEIGHT,
 }
 #: Parts of a prompt in some format; redundant beside a prompt that contains their text.
 PARTS = (

@@ -17,6 +17,7 @@ from halos_pl.data.prompts import TextPrompts, convention
 from halos_pl.data.schemas import SCHEMAS, of_other_schemas
 from halos_pl.data.source import Source
 from halos_pl.data.values import BadRow
+from halos_pl.data.weights import OF_JUDGEMENTS
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ ANSWERS = frozenset(
     if "prompt" in schema.columns or schema.name == "implicit"
     for column in schema.columns
     for name in column.split("|")
-) - {"prompt"} | {"finished", SAME_TOKENS, LOGPROB, TOKEN_LOGPROBS, SEED, PROMPT_ROW, SAMPLE_INDEX}
+) - {"prompt"} | {"finished", SAME_TOKENS, LOGPROB, TOKEN_LOGPROBS, SEED, PROMPT_ROW, SAMPLE_INDEX, *OF_JUDGEMENTS}
 
 #: Schemas of sampled answers once they are labelled.
 _LABELLED = ("unpaired", "paired", "scored", "scored_lists")

@@ -17,6 +17,7 @@ from halos_pl.data.schemas import SCHEMAS, check, find
 from halos_pl.data.source import Source
 from halos_pl.data.spans import LossOn
 from halos_pl.data.values import BadRow, has_value
+from halos_pl.data.weights import WEIGHTS
 
 
 def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def _items(
 ) -> Iterator[Example | Fault | Skipped]:
     try:
         # All examples of a row or none: a fault in its second answer discards the first.
-        items = list(columns.in_context([_asked(item, text_prompts) for item in parse(row, place)], row))
+        items = list(columns.in_context([_asked(item, text_prompts) for item in parse(row, place)], row, place))
         for item in items:
             if isinstance(item, Example) and item.size > source.max_row:  # a tree's prompt is many rows
                 raise BadRow(str(too_large(source.max_row, item.size)))
@@ -117,7 +118,7 @@ def read(
             ended = row.fatal
         if schema is not None and schema.prepare:
             if isinstance(item, dict):
-                item = {name: item[name] for name in schema.reads if name in item}
+                item = {name: item[name] for name in (*schema.reads, *WEIGHTS) if name in item}
             kept.append((place, item))
         elif isinstance(item, Fault):
             yield item

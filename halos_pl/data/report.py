@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
+from halos_pl.batch import Needs
 from halos_pl.data.order import StepSampler
 from halos_pl.data.prompts import TextPrompts, convention, counted
 from halos_pl.data.source import Source
 from halos_pl.data.split import Split
 from halos_pl.data.store import fault_list
+from halos_pl.data.transforms import Transform
+from halos_pl.data.weights import summary_of
 
 
 def log_transforms(name: str, reports: Sequence[Mapping[str, Any]]) -> None:
@@ -28,11 +31,11 @@ def log_split(
     split: Split,
     sources: Sequence[Source],
     text_prompts: TextPrompts,
-    *,
     has_template: bool,
-    unread_scores: bool,
+    needs: Needs,
+    transforms: Sequence[Transform],
 ) -> None:
-    """Logs for each source how many of its rows are used, skipped and cut, and how its text is encoded.
+    """Logs for each source how many of its rows are used, skipped and cut, their weights, and how text is encoded.
 
     Args:
         name: name of the split.
@@ -40,9 +43,12 @@ def log_split(
         sources: the split's sources, in the order of its stores.
         text_prompts: how plain-text prompts are encoded.
         has_template: whether the tokenizer has a chat template.
-        unread_scores: whether neither the objective nor a transform reads scores.
+        needs: needs of the objective.
+        transforms: transforms of the rows.
     """
     scored = ~np.isnan(split.table.score)
+    unread_scores = name == "train" and not (needs.scores or needs.groups or transforms)
+    unread_votes = not any(transform.reads_votes for transform in transforms)
     for number, (source, store) in enumerate(zip(sources, split.table.stores, strict=True)):
         title, counts = f"{name} data {store.path}", split.counts[store.path]
         rank_zero_info(f"{title}: {counts}")
@@ -53,6 +59,10 @@ def log_split(
             rank_zero_info(f"{title}: not used: {', '.join(store.unused)}")
         if unread_scores and bool(scored[split.table.source == number].any()):
             rank_zero_info(f"{title}: has scores or margins, which this objective does not ask for")
+        if unread_votes and bool(store.rows["agree"].any() or store.rows["disagree"].any()):
+            rank_zero_info(f"{title}: not used: votes, which the transform Agreement turns into weights")
+        if weights := summary_of(store.weighted_by, split.table.weight[split.table.source == number]):
+            rank_zero_info(f"{title}: {weights}")
         if store.fault_count:
             rank_zero_info(f"{name} data, skipped:\n{fault_list(store.causes, store.fault_count)}")
         if source.weight != 1:
@@ -72,5 +82,8 @@ def log_merged(name: str, sampler: StepSampler) -> None:
 def counts_of(split: Split, reports: list[dict[str, Any]]) -> dict[str, Any]:
     """The split's counts as :meth:`halos_pl.data.FeedbackDataModule.counts` returns them."""
     stores = split.table.stores
-    by_source = {store.path: asdict(split.counts[store.path]) | {"unused": store.unused} for store in stores}
+    by_source: dict[str, Any] = {}
+    for number, store in enumerate(stores):
+        weights = summary_of(store.weighted_by, split.table.weight[split.table.source == number])
+        by_source[store.path] = asdict(split.counts[store.path]) | {"unused": store.unused, "weights": weights}
     return {**by_source, "transforms": reports}

@@ -15,6 +15,7 @@ from halos_pl.data.example import short
 from halos_pl.data.parsers import PAIRS_OF_SCORES, Parse
 from halos_pl.data.published import Trees, pandalm, shp, ultrafeedback
 from halos_pl.data.values import BadRow
+from halos_pl.data.weights import VOTES
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,17 @@ class Schema:
 
 # Columns that may hold the prompt; with one of them, "what both completions begin with" would be a guess.
 _PROMPTS = ("instruction", "question", "query", "input", "history", "context", "context_messages")
-_JUDGED = "label|kto_tag|finished"
+_JUDGED = f"label|kto_tag|finished|{VOTES}"
 _PAIR = "|".join(name for names in PAIRS_OF_SCORES for name in names) + "|margin|(chosen_|rejected_)?finished"
+_PAIR += f"|{VOTES}"
 
 SCHEMAS: dict[str, Schema] = {
     schema.name: schema
     for schema in (
-        Schema("unpaired", ("prompt", "completion", "label"), parsers.unpaired, "score|kto_tag|finished"),
+        Schema("unpaired", ("prompt", "completion", "label"), parsers.unpaired, f"score|kto_tag|finished|{VOTES}"),
         Schema("paired", ("prompt", "chosen", "rejected"), parsers.paired, _PAIR),
         Schema("implicit", ("chosen", "rejected"), parsers.implicit, _PAIR, _PROMPTS),
-        Schema("halos_binary", ("prompt", "output", "label"), parsers.halos_binary, "reward"),
+        Schema("halos_binary", ("prompt", "output", "label"), parsers.halos_binary, f"reward|{VOTES}"),
         Schema("halos_pairwise", ("prompt", "output_A", "output_B", "label"), parsers.halos_pairwise, "reward_[AB]"),
         Schema(
             "messages",

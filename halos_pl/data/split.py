@@ -111,8 +111,8 @@ class Split:
         control: control tokens for desirable (True) and undesirable rows.
 
     Raises:
-        DataError: control tokens fill ``max_length``; the objective needs pairs or scores and a row has none; or a
-            score does not fit float32.
+        DataError: control tokens fill ``max_length``; the objective needs pairs or scores and a row has none; a score
+            or weight does not fit float32; or all weights of a source are 0.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class Split:
         control: Mapping[bool, tuple[int, ...]] | None = None,
         keep_together: Together | None = None,
     ) -> None:
+        _check_weights(table)
         self.max_length = max_length
         self.control = control or {True: (), False: ()}
         self.counts = {
@@ -273,13 +274,32 @@ class Split:
         """A hash of what the model sees, in order, independent of file names."""
         digest = hashlib.sha256(json.dumps([store.digest for store in self.table.stores]).encode())
         table = self.table
-        columns = [table.source, table.row, table.label, table.score, table.pair]
+        columns = [table.source, table.row, table.label, table.score, table.weight, table.pair]
         for column in (*columns, self.prompt_length, self.completion_length):
             digest.update(np.ascontiguousarray(column).tobytes())
         digest.update(repr(self.control).encode())
         if not isinstance(self.examples, _Singles):
             digest.update(repr([tuple(example) for example in self.examples]).encode())
         return digest.hexdigest()
+
+
+def _check_weights(table: Table) -> None:
+    for store in table.stores:
+        if len(store.rows) and not store.rows["weight"].any():
+            raise DataError(
+                f"{store.path}: column '{store.weighted_by}' is 0 in every row, so none would count; correct the"
+                " weights, or leave the source out"
+            )
+    weight = table.weight
+    with np.errstate(over="ignore", under="ignore"):
+        single = weight.astype(np.float32)
+    wrong = ~((weight >= 0) & np.isfinite(single) & ((single > 0) == (weight > 0)))
+    if wrong.any():
+        place = int(wrong.nonzero()[0][0])
+        raise DataError(
+            f"{table.name(place)}: the weight {weight[place]:g} is not a number of at least 0 that fits float32;"
+            " rescale the weights"
+        )
 
 
 class _Singles(Sequence[tuple[int]]):
@@ -329,4 +349,5 @@ class _Rows(Sequence[TokenizedRow]):
             pair=int(table.pair[place]) if split.pairs else -1,
             control=split.control[desirable],
             score=float(split.score[place]),
+            weight=float(table.weight[place]),
         )

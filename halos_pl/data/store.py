@@ -53,7 +53,7 @@ class Store:
         fault_reasons: number of faults for each of the first ``KEPT_FAULTS`` reasons.
         skipped: number of valid rows that no loss can use, by reason.
         unused: columns that have values but are not read.
-        digest: a hash of tokens and labels, independent of file names.
+        digest: a hash of tokens, labels and weights, independent of file names.
         folder: folder of the store; None for one in memory.
         spelling: number of examples, faulty ones included, whose text spells a special token.
         spelled: the same for each such token.
@@ -62,6 +62,7 @@ class Store:
         notes: remarks on examples, with the number of examples.
         spans: ``SPAN`` [s], by row, ranges of completion tokens that carry the loss; of a row without any, all do.
         before_line: separator of ``path`` and line in a row's name.
+        weighted_by: the source's column with the weights of its rows; None without one.
     """
 
     path: str
@@ -84,6 +85,7 @@ class Store:
     notes: dict[str, int] = field(default_factory=dict)
     spans: NDArray[Any] = field(default_factory=lambda: np.empty(0, SPAN))
     before_line: str = ":"
+    weighted_by: str | None = None
 
     def __reduce__(self) -> Any:
         """Pickles the folder alone, as a worker maps the arrays itself."""

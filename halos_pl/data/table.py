@@ -24,6 +24,9 @@ class Table:
         prompt: int64 [n], equal for prompts with equal uncut tokens, in any store.
         label: int8 [n], 1 desirable, 0 undesirable, -1 if there is only a score.
         score: float64 [n], higher is better, NaN if missing.
+        weight: float64 [n], factor of the row's loss, at least 0, equal in both rows of a pair; 1 if not given.
+        agree, disagree: float64 [n], how many people judge the row, or its pair, as its label says, and how many the
+            opposite; both 0 if there is no record of them.
         pair: int64 [n], index of the pair's other row, -1 for a single row.
         added: bool [n], rows that a transform made from others.
     """
@@ -35,6 +38,9 @@ class Table:
     prompt: NDArray[np.int64]
     label: NDArray[np.int8]
     score: NDArray[np.float64]
+    weight: NDArray[np.float64]
+    agree: NDArray[np.float64]
+    disagree: NDArray[np.float64]
     pair: NDArray[np.int64]
     added: NDArray[np.bool_]
 
@@ -60,6 +66,8 @@ class Table:
             columns["prompt"].append(number[prompts + store.rows["prompt"].astype(np.int64)])
             columns["label"].append(np.array(store.rows["label"]))
             columns["score"].append(np.array(store.rows["score"]))
+            for name in ("weight", "agree", "disagree"):
+                columns[name].append(np.array(store.rows[name]))
             columns["pair"].append(np.where(store.rows["pair"] >= 0, store.rows["pair"] + rows, -1))
             columns["added"].append(np.zeros(n, bool))
             prompts, rows = prompts + len(store.prompts), rows + n

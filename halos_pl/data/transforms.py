@@ -7,9 +7,9 @@ A transform is a class with one method; the DataModule applies a list of them in
         - {class_path: KeepFraction, init_args: {desirable: 0.1}}
         - {class_path: FlipLabels, init_args: {share: 0.2}}
 
-Only transforms that define what a row is (``ThresholdScores``, ``Pair``, ``Unpair``) apply to held-out data. A
-transform of scores comes before ``ThresholdScores``, one of labels after it. A list without it turns scores into labels
-just before the first transform that needs labels, or at the end.
+Only transforms that define what a row is (``ThresholdScores``, ``Pair``, ``Unpair``, ``Agreement``) apply to held-out
+data. A transform of scores comes before ``ThresholdScores``, one of labels after it. A list without it turns scores
+into labels just before the first transform that needs labels, or at the end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from halos_pl.data.order import seeded
 from halos_pl.data.table import Table
 
 Counts = dict[str, int]
@@ -48,10 +47,12 @@ class Transform(ABC):
     Attributes:
         held_out: whether it also applies to validation, test and prediction data.
         before_labels: whether it accepts rows with scores and no labels yet.
+        reads_votes: whether it reads how many people agree and disagree with the labels.
     """
 
     held_out: bool = False
     before_labels: bool = False
+    reads_votes: bool = False
 
     @abstractmethod
     def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
@@ -138,8 +139,8 @@ class Contradict(Transform):
         units = table.units
         drawn = _draw(units[table.label[units] >= 0], self.share, draw)
         index = table.with_pairs(drawn)
-        opposed = _opposed(table, index).select(index)
-        return table.join(replace(opposed, added=np.ones(len(opposed), bool))), {"added": len(opposed)}
+        copies = _opposed(table, index).select(index)
+        return table.join(replace(copies, added=np.ones(len(copies), bool))), {"added": len(copies)}
 
 
 def _opposed(table: Table, index: NDArray[np.int64]) -> Table:
@@ -207,7 +208,12 @@ class ThresholdScores(Transform):
             label[scored] = table.score[scored] >= self.at
         tied &= self.drop_ties
         alike = (table.pair >= 0) & (label == label[table.pair])
-        labelled = replace(table, label=label, pair=np.where(alike, -1, table.pair)).select(~tied)
+        turned = (table.label >= 0) & (label != table.label)  # whoever agreed with the old label disagrees with the new
+        votes: dict[str, Any] = {
+            name: np.where(turned, getattr(table, other), getattr(table, name))
+            for name, other in (("agree", "disagree"), ("disagree", "agree"))
+        }
+        labelled = replace(table, label=label, pair=np.where(alike, -1, table.pair), **votes).select(~tied)
         decided = label[scored & ~tied]
         counts = {"desirable": int((decided == 1).sum()), "undesirable": int((decided == 0).sum())}
         counts |= {"dropped_at_threshold": int(tied.sum())}
@@ -228,7 +234,9 @@ class Pair(Transform):
     """Makes pairs of the rows of a prompt: a higher and a lower score, or a desirable and an undesirable row.
 
     Scores count if all rows of the prompt have one, else labels. Existing pairs are kept. A row may be part of several
-    pairs, but not of one with an equal completion. Rows without a partner are dropped.
+    pairs, but not of one with an equal completion. Rows without a partner are dropped. The weight of a pair is the
+    product of its rows' weights, so that rows that count twice and three times make a pair that counts six times; rows
+    that come from one row of the source have one weight, which is that of the pair.
 
     Args:
         which: ``best_worst``, one pair per prompt of its highest and lowest row; or ``all`` pairs that differ.
@@ -261,8 +269,16 @@ class Pair(Transform):
             index += [row for pair in islice(pairs, 1 if self.which == "best_worst" else None) for row in pair]
         paired = replace(table, pair=np.full(len(table), -1)).select(np.array(index, dtype=np.int64))
         places = np.arange(len(paired))
+        other = np.where(places % 2, places - 1, places + 1)
+        line = paired.of_rows("line")
+        together = (line == line[other]) & (paired.source == paired.source[other])
         paired = replace(
-            paired, pair=np.where(places % 2, places - 1, places + 1), label=np.where(places % 2, 0, 1).astype(np.int8)
+            paired,
+            pair=other,
+            label=np.where(places % 2, 0, 1).astype(np.int8),
+            weight=np.where(together, 1.0, paired.weight[other]) * paired.weight,
+            agree=np.zeros(len(paired)),
+            disagree=np.zeros(len(paired)),
         )
         used = len(set(index))
         counts = {"pairs": len(paired) // 2, "dropped_without_partner": int(single.sum()) - used}
@@ -286,63 +302,52 @@ def _pairs(
                 yield high, ranked[low]
 
 
-# Lists of transforms -------------------------------------------------------------------------------------
+class Agreement(Transform):
+    """Gives each completion, or pair, the verdict of most of its judges, and the share of these judges as weight.
 
-
-def in_order(transforms: Sequence[Transform], one_per_prompt: bool) -> list[Transform]:
-    """The transforms; with ``one_per_prompt``, ``OnePerPrompt`` comes before the first that needs labels.
-
-    Raises:
-        ValueError: ``ThresholdScores`` would make labels only after a transform has used them.
+    Rows with the same prompt and completion, or with the same pair of completions in either order, are judgements of
+    the same thing: they become one row. Each counts as one vote, or as the votes of its column ``votes`` (a list with a
+    label of each judge) or of ``votes_for`` and ``votes_against`` (numbers). So if two of three judges agree, the
+    weight is 2/3. A row that already has a weight w gives each of its votes the weight w. Where the votes are equal,
+    there is no verdict, and the row is dropped.
     """
-    place = _first_on_labels(transforms)
-    if any(isinstance(t, ThresholdScores) and not t.relabel for t in transforms[place:]):
-        name = type(transforms[place]).__name__
-        raise ValueError(f"data.transforms: ThresholdScores comes after {name}, which needs labels; put it before")
-    return [*transforms[:place], *([OnePerPrompt()] if one_per_prompt else []), *transforms[place:]]
 
+    held_out = reads_votes = True
 
-def plan(transforms: Sequence[Transform], *, train: bool, drop_ties: bool) -> list[Transform]:
-    """The transforms of a split, including the one that turns scores into labels.
-
-    Args:
-        transforms: transforms in order.
-        train: whether the split is trained on; else only transforms with ``held_out`` apply.
-        drop_ties: ``drop_ties`` of the ``ThresholdScores`` that is added if the list has none.
-    """
-    chosen = [t for t in transforms if train or t.held_out]
-    if any(isinstance(t, ThresholdScores) for t in chosen):
-        return chosen
-    place = _first_on_labels(chosen)
-    return [*chosen[:place], ThresholdScores(drop_ties=drop_ties), *chosen[place:]]
-
-
-def apply(
-    table: Table, transforms: Sequence[Transform], *, train: bool, drop_ties: bool, seed: int
-) -> tuple[Table, list[dict[str, Any]]]:
-    """The table after the transforms of :func:`plan`, and the name and counts of each.
-
-    Raises:
-        ValueError: a transform does not return a table and its counts.
-    """
-    reports: list[dict[str, Any]] = []
-    for transform in plan(transforms, train=train, drop_ties=drop_ties):
-        listed = transform in transforms
-        if not listed and not bool((table.label < 0).any()):
-            continue  # every row has a label
-        name = type(transform).__name__
-        # The place in the user's list, so that a draw does not depend on what the plan inserts.
-        place = transforms.index(transform) if listed else len(transforms)
-        result: Any = transform(table, seeded("transform", seed, place))
-        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Table)):
-            raise ValueError(f"data.transforms: {name} returned {type(result).__name__}, not (Table, counts)")
-        table, counts = result
-        reports.append({"transform": name, **counts})
-    return table, reports
-
-
-def _first_on_labels(transforms: Sequence[Transform]) -> int:
-    return next((i for i, t in enumerate(transforms) if not t.before_labels), len(transforms))
+    def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
+        units = table.units[table.label[table.units] >= 0]
+        text, other = table.of_rows("text"), table.pair[units]
+        partner = np.where(other >= 0, text[other], text[units])
+        low, high = np.minimum(text[units], partner), np.maximum(text[units], partner)
+        # Whether the row's label prefers the completion that comes first, whichever way round it has been written.
+        first = np.where(other >= 0, text[units] == low, True) == (table.label[units] == 1)
+        recorded = table.agree[units] + table.disagree[units]
+        agree = np.where(recorded > 0, table.agree[units], 1.0)
+        disagree = np.where(recorded > 0, table.disagree[units], 0.0)
+        keys = np.stack([table.prompt[units].astype(np.uint64), low, high, (other >= 0).astype(np.uint64)])
+        same = np.unique(keys, axis=1, return_inverse=True)[1].ravel()
+        yes, no, votes = np.zeros((3, len(units)))
+        np.add.at(yes, same, table.weight[units] * np.where(first, agree, disagree))
+        np.add.at(no, same, table.weight[units] * np.where(first, disagree, agree))
+        np.add.at(votes, same, agree + disagree)
+        weight, kept, turned, tied = table.weight.copy(), [], [], 0
+        for rows in groups(same):
+            number = same[rows[0]]
+            if yes[number] == no[number]:
+                tied += 1
+                continue
+            # The first row with the verdict; if all have been labelled against their own votes, the first is turned.
+            right = [row for row in rows if first[row] == (yes[number] > no[number])]
+            chosen = units[(right or rows)[0]]
+            kept.append(chosen)
+            turned += [] if right else [chosen]
+            weight[table.with_pairs(np.array([chosen]))] = max(yes[number], no[number]) / votes[number]
+        alone = (table.label < 0).nonzero()[0]
+        result = _opposed(table, table.with_pairs(np.array(turned, dtype=np.int64)))
+        result = replace(result, weight=weight, agree=np.zeros(len(table)), disagree=np.zeros(len(table)))
+        index = np.unique(np.concatenate([table.with_pairs(np.array(kept, dtype=np.int64)), alone]))
+        counts = {"judged": len(kept), "merged": len(units) - len(kept) - tied, "dropped_ties": tied}
+        return result.select(index), counts | {"against_their_label": len(turned)}
 
 
 def groups(numbers: Sequence[int] | NDArray[Any]) -> list[list[int]]:

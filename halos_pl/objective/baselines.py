@@ -19,6 +19,9 @@ from value_functions.bounded import bounded_exp
 class TokenTerm(Objective):
     """A mean over the tokens of some rows; a subclass defines the loss of a token and the rows that count.
 
+    A row's own weight (``Labels.weight``) multiplies its loss, not the number of rows or tokens that the sum is divided
+    by.
+
     Args:
         weight: Factor of the term.
         per: ``token`` for a mean over the tokens of the rows that count, ``row`` for a mean over these rows.
@@ -45,7 +48,8 @@ class TokenTerm(Objective):
     def prepare(self, rows: LogProbBatch) -> TermContext:
         kept = (self.counts(rows) & rows.labels.train).float()
         counted = kept * rows.mask.sum(dim=1) if self.per == "token" else kept
-        return TermContext(sign=-torch.ones_like(kept), weight=kept, denominator=sum_over_ranks(counted.sum()))
+        weight = kept * rows.labels.weight
+        return TermContext(sign=-torch.ones_like(kept), weight=weight, denominator=sum_over_ranks(counted.sum()))
 
     def compute_loss(self, rows: LogProbBatch, context: TermContext) -> Result:
         of_rows = torch.where(rows.mask, self.of_tokens(rows), 0.0).sum(dim=1)
@@ -163,8 +167,9 @@ class Centring(Objective):
 
     def prepare(self, rows: LogProbBatch) -> TermContext:
         # Each row of a pair carries half of the pair's term.
-        weight = torch.where(rows.labels.pair < 0, 1.0, 0.5) * rows.labels.train
-        return TermContext(sign=-torch.ones_like(weight), weight=weight, denominator=sum_over_ranks(weight.sum()))
+        half = torch.where(rows.labels.pair < 0, 1.0, 0.5) * rows.labels.train
+        weight = half * rows.labels.weight
+        return TermContext(sign=-torch.ones_like(weight), weight=weight, denominator=sum_over_ranks(half.sum()))
 
     def compute_loss(self, rows: LogProbBatch, context: TermContext) -> Result:
         if rows.scalar is None:
@@ -194,9 +199,9 @@ class RouterLoss(Objective):
 
     P_e is the router's mean probability of expert e, f_e the mean number of times that e is chosen for a token (without
     gradient), both over all layers with experts and the tokens of all rows that carry a loss (see
-    :class:`~halos_pl.batch.Routing`). If k experts are chosen per token, a balanced load gives k. The term equals
-    ``load_balancing_loss_func`` of transformers on the whole step; if the step is split, it takes a second forward
-    pass.
+    :class:`~halos_pl.batch.Routing`). The term is about the load, so the rows' weights do not matter. If k experts are
+    chosen per token, a balanced load gives k. The term equals ``load_balancing_loss_func`` of transformers on the whole
+    step; if the step is split, it takes a second forward pass.
 
     Args:
         weight: Factor of the term, such as the config's ``router_aux_loss_coef``; the paper uses 0.01.

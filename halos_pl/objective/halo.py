@@ -1,5 +1,9 @@
 """The objective: loss = sum_i w_i * (loss_offset + t_i) / denominator, over plain tensors.
 
+w_i is the weight that the feedback gives a row, times the weight that the data give it (``Labels.weight``). The
+denominator counts rows, pairs or tokens whatever their weight, so a row's share of the loss does not depend on the
+weights of the other rows.
+
 t_i = -v(u_i) for a desirable row (a = -1). There are two readings of an undesirable row (a = +1), and
 ``reflect_undesirable`` chooses between them:
 
@@ -49,7 +53,7 @@ class TermContext:
 
     Attributes:
         sign: float [n], a of each row of the step.
-        weight: float [n], w of each row, 0 for mismatched rows.
+        weight: float [n], w of each row, with the row's own weight; 0 for mismatched rows.
         denominator: float scalar, summed over all ranks.
         reference_point: z0, without gradient; None if it is computed with each micro-batch.
     """
@@ -124,8 +128,9 @@ class Result:
 class Objective(nn.Module, ABC):
     """A loss over rows: ``prepare`` is called once per step, then ``compute_loss`` once per micro-batch.
 
-    After the last one, ``observe`` tells feedback whose weights follow earlier steps. ``objective(rows)`` does all
-    three for a step without micro-batches.
+    Each row's share of the loss is multiplied by ``rows.labels.weight``, also in a subclass that computes it otherwise.
+    After the last micro-batch, ``observe`` tells feedback whose weights follow earlier steps. ``objective(rows)`` does
+    all three for a step without micro-batches.
     """
 
     @property
@@ -262,6 +267,7 @@ class HALO(Objective):
     @torch.no_grad()
     def prepare(self, rows: LogProbBatch) -> TermContext:
         sign, weight, denominator = self.feedback(rows)
+        weight = weight * rows.labels.weight
         z0 = None
         if self.reference_point.scope == "step":
             z0 = self.estimate(self.reward(rows), rows)
@@ -290,7 +296,8 @@ class HALO(Objective):
             (slope,) = torch.autograd.grad(loss, reward, retain_graph=True, materialize_grads=True)
             u = torch.where(rows.mask, outcome, 0.0) if reward.dim() == 2 else outcome
             of_labels = rows.labels.desirable, context.weight
-            slopes = ((self, Slopes(*of_labels, reward.detach(), slope, u.detach(), context.denominator)),)
+            figures = reward.detach(), slope, u.detach(), context.denominator
+            slopes = ((self, Slopes(*of_labels, *figures, rows.labels.weight)),)
         of_rows = {"reward": reward, "reference_point": z0.expand_as(reward), "outcome": outcome}
         of_rows |= {"perceived": perceived, "value": value}
         return Result(

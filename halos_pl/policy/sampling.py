@@ -137,6 +137,7 @@ class PolicySamples:
                 mismatched=torch.arange(2 * n, device=device) >= n,
                 group=labels.group.repeat(2),
                 score=labels.score.repeat(2),
+                weight=labels.weight.repeat(2),
             ),
             row_ids=[*batch.row_ids, *(f"sample for {name}" for name in batch.row_ids)],
             loss=None if batch.loss is None else [*batch.loss, *[None] * n],

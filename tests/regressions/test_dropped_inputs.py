@@ -298,7 +298,7 @@ MEANT_TOO = {  # in the spellings of other formats
     "tools": "get_weather(city) -> str",
     "documents": "The tower is 330 m tall.",
     "thoughts": "hm",
-    "weight": 0.5,
+    "sampleWeight": 0.5,
     "passages": ["The tower is 330 m tall."],
     "Prompt": "Who is it?",
     "trajectory": [{"from": "user", "value": "Who is it?"}],
@@ -312,7 +312,7 @@ def test_other_spellings_are_refused_by_name(tmp_path: Path, column: str) -> Non
     for row in (PAIR, TEXT, {"chosen": "It is Ann", "rejected": "It is Bob"}):
         assert refused(tmp_path, {**row, column: MEANT_TOO[column]}).column == column
         example(tmp_path, {**row, column: MEANT_TOO[column]}, ignore=[column])
-    for nothing in ({"image": False}, {"weight": 1}, {"weight": "70 kg"}, {"tools": "none"}):
+    for nothing in ({"image": False}, {"weight": 1}, {"sample_weight": "70 kg"}, {"tools": "none"}):
         example(tmp_path, {**PAIR, **nothing})
 
 

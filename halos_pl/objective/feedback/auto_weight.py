@@ -22,9 +22,10 @@ MOST = 1000.0
 class AutoWeight(nn.Module):
     """lambda_D for which the slopes of desirable rows sum to rho times those of undesirable rows.
 
-    lambda_D = rho * lambda_U * (n_U * m_U) / (n_D * m_D), where n is the number of rows of a class in the step, over
-    all ranks, and m the mean |dv/du| of such rows in earlier steps: a running mean over the steps that have any. A
-    step that lacks a class takes n_U / n_D of all earlier steps. Steps do not count while the policy is its reference;
+    lambda_D = rho * lambda_U * (n_U * m_U) / (n_D * m_D), where n is the sum of the rows' own weights of a class in the
+    step, over all ranks (their number, if all are 1), and m the mean |dv/du| of such rows in earlier steps, weighted
+    alike: a running mean over the steps that have any. A step in which a class has no weight takes n_U / n_D of all
+    earlier steps. Steps do not count while the policy is its reference;
     until rows of both classes have been seen, the ratios of earlier steps are 1.
 
     All numbers are in the state dict, and equal on all ranks. They are not buffers, as a Trainer in half precision
@@ -48,8 +49,8 @@ class AutoWeight(nn.Module):
                 " rho to rows without one; set it above 0"
             )
         self.rho, self.lambda_undesirable = float(rho), float(lambda_undesirable)
-        # Of desirable and undesirable rows: their number, a decaying sum over steps of their mean slope, and the same
-        # sum of ones.
+        # Of desirable and undesirable rows: the sum of their own weights, a decaying sum over steps of their mean
+        # slope, and the same sum of ones.
         self._classes = [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
         self._latest: Tensor | None = None  # sums of the last step, which stay on the device until they are needed
 
@@ -57,7 +58,7 @@ class AutoWeight(nn.Module):
         """Takes in the slopes of this rank's share of a step; every rank must call it once a step."""
         self._take_in()
         of_classes = (slopes.of_class(True), slopes.of_class(False))
-        sums = [figure for each in of_classes for figure in each] + [slopes.moved]
+        sums = [figure for each in of_classes for figure in (each.row_weight, each.slope, each.weight)] + [slopes.moved]
         # The denominator is the same on all ranks.
         self._latest = torch.cat([sum_over_ranks(torch.stack(sums)), slopes.denominator.detach().view(1)])
 
@@ -86,10 +87,14 @@ class AutoWeight(nn.Module):
             labels: labels of this rank's rows.
         """
         self._take_in()
-        here = torch.stack([(labels.train & side).sum() for side in (labels.desirable, ~labels.desirable)])
-        good, bad = sum_over_ranks(here.float())
+        of_rows = labels.weight * labels.train
+        good, bad = sum_over_ranks(
+            torch.stack([(of_rows * side).sum() for side in (labels.desirable, ~labels.desirable)])
+        )
         rows, slopes = self._known()
-        of_step = torch.where((good > 0) & (bad > 0), bad / good.clamp(min=1), torch.full_like(good, rows))
+        of_step = torch.where(
+            (good > 0) & (bad > 0), bad / torch.where(good > 0, good, 1.0), torch.full_like(good, rows)
+        )
         return (of_step * slopes).clamp(1 / MOST, MOST) * (self.rho * self.lambda_undesirable)
 
     def _known(self) -> tuple[float, float]:

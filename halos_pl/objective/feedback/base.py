@@ -30,6 +30,8 @@ class Judgement(NamedTuple):
 class Feedback(nn.Module, Declared, ABC):
     """Judges rows by their labels alone, not by ``policy_logps``: a and w do not depend on theta.
 
+    The loss multiplies w by the row's own weight (``Labels.weight``), so a feedback must not.
+
     What a feedback knows of earlier steps, it knows from :meth:`observe`, and keeps in ``get_extra_state``.
 
     A subclass is a small ``nn.Module`` with keyword-only hyper-parameters and one method, ``forward``. In a file of

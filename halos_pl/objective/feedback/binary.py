@@ -21,11 +21,11 @@ class Binary(Feedback):
 
     With ``lambda_desirable: auto``, lambda_D is chosen anew in each step, so that the sum of |dloss/dr| over desirable
     rows is about rho times that over undesirable rows:
-    lambda_D = rho * lambda_U * (n_U * m_U) / (n_D * m_D), where n is the number of rows of a class in the step and m
-    the mean |dv/du| of such rows in earlier steps, of which the last one weighs half, the one before a quarter, and so
-    on. A step that lacks a class takes n_U / n_D of all earlier steps. Steps do not count while the policy is its
-    reference; until rows of both classes have been seen, the ratios of earlier steps are 1. (n_U * m_U) / (n_D * m_D)
-    is kept between 1/1000 and 1000.
+    lambda_D = rho * lambda_U * (n_U * m_U) / (n_D * m_D), where n is the sum of the rows' own weights of a class in the
+    step (their number, if all are 1) and m the mean |dv/du| of such rows in earlier steps, of which the last one weighs
+    half, the one before a quarter, and so on. A step that lacks a class takes n_U / n_D of all earlier steps. Steps do
+    not count while the policy is its reference; until rows of both classes have been seen, the ratios of earlier steps
+    are 1. (n_U * m_U) / (n_D * m_D) is kept between 1/1000 and 1000.
 
     Args:
         lambda_desirable: weight of desirable rows (lambda_D), at least 0; or ``auto``, which needs ``rho``.

@@ -17,7 +17,8 @@ class GroupAdvantage(Feedback):
     otherwise 1 for a desirable and 0 for an undesirable row; sign -sign(A), weight |A|. GRPO's advantage (Shao et al.
     2024, section 4.1.2), offline. If all rows of a prompt have the same score, their weight is 0. std is the population
     standard deviation of the prompt's rows, and 0.01 is in the unit of the scores. TRL uses the sample standard
-    deviation (n - 1) and 1e-4, so a pair with scores 0 and 1 gets +-0.71 there, and +-0.98 here.
+    deviation (n - 1) and 1e-4, so a pair with scores 0 and 1 gets +-0.71 there, and +-0.98 here. Mean and standard
+    deviation do not depend on the rows' own weights, which multiply |A| in the loss.
 
     Args:
         only: sign of the advantage of the rows to train on: ``positive`` or ``negative``; null for both. The other rows

@@ -20,12 +20,14 @@ class ClassSums(NamedTuple):
     Attributes:
         rows: number of rows.
         slope: sum of |dloss/dr|, 1 / nats.
-        weight: sum of the weights.
+        weight: sum of the weights w.
+        row_weight: sum of the rows' own weights.
     """
 
     rows: Tensor
     slope: Tensor
     weight: Tensor
+    row_weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Slopes:
             1 / nats, of the same shape, 0 outside the rows' tokens.
         outcome: u in nats, of the same shape, 0 outside the rows' tokens.
         denominator: what the step's loss is divided by, float scalar.
+        row_weight: the factor of w that comes with the row (``Labels.weight``), float [m].
     """
 
     desirable: Tensor
@@ -48,6 +51,7 @@ class Slopes:
     slope: Tensor
     outcome: Tensor
     denominator: Tensor
+    row_weight: Tensor
 
     def select(self, index: Tensor) -> Slopes:
         """The rows ``index`` (LongTensor [k])."""
@@ -55,13 +59,15 @@ class Slopes:
 
     @property
     def _of_rows(self) -> tuple[Tensor, ...]:
-        return self.desirable, self.weight, self.reward, self.slope, self.outcome
+        return self.desirable, self.weight, self.reward, self.slope, self.outcome, self.row_weight
 
     def of_class(self, desirable: bool) -> ClassSums:
         """Sums over the desirable or the undesirable rows."""
         member = (self.desirable == desirable).float()
         size = self.slope.abs().flatten(start_dim=1).sum(dim=1) if self.slope.dim() > 1 else self.slope.abs()
-        return ClassSums(member.sum(), (member * size).sum(), (member * self.weight).sum())
+        return ClassSums(
+            *((member * each).sum() for each in (torch.ones_like(member), size, self.weight, self.row_weight))
+        )
 
     @property
     def moved(self) -> Tensor:
@@ -76,8 +82,8 @@ def joined(parts: Sequence[Slopes]) -> Slopes:
 
 
 def _with_rows(columns: Sequence[Tensor], denominator: Tensor) -> Slopes:
-    desirable, weight, reward, slope, outcome = columns
-    return Slopes(desirable, weight, reward, slope, outcome, denominator)
+    desirable, weight, reward, slope, outcome, row_weight = columns
+    return Slopes(desirable, weight, reward, slope, outcome, denominator, row_weight)
 
 
 def of_sum(terms: Sequence[Slopes]) -> Slopes:
