@@ -109,7 +109,7 @@ def test_displacement_needs_a_reference_and_a_chosen_row():
 
 
 def kish(size: np.ndarray) -> float:
-    return size.sum() ** 2 / (size**2).sum() / len(size)
+    return np.abs(size).sum() ** 2 / (size**2).sum() / len(size)
 
 
 def sigma(x: np.ndarray) -> np.ndarray:
@@ -136,6 +136,20 @@ def test_effective_rows_of_dpo_are_those_of_its_pairs(seed, pairs, smoothing):
     size = np.abs(0.1 * ((1 - smoothing) * sigma(-0.1 * margins) - smoothing * sigma(0.1 * margins)))
     logged = figures(dpo(LogSigmoid(beta=0.1), Pairwise(label_smoothing=smoothing)), rows)
     assert logged["outcome/effective_rows"] == pytest.approx(kish(size), rel=1e-4)
+
+
+@given(seed=seeds, pairs=st.integers(1, 5))
+def test_a_rejected_row_counts_where_the_chosen_one_is_lowered_as_well(seed, pairs):
+    """The slopes of APO-down's two terms nearly cancel in chosen rows; the rejected ones have no weight."""
+    rows = random_rows(seed, pairs, scale=10.0)
+    r, labels = by_hand(rows)["r"], rows.labels
+    chosen = labels.desirable.nonzero().squeeze(1).tolist()
+    alone, margins = r[chosen], np.array([r[i] - r[int(labels.pair[i])] for i in chosen])
+    bell = [sigma(0.1 * x) * (1 - sigma(0.1 * x)) for x in (alone, margins)]
+    logged = figures(load_objective("apo_down"), rows)
+    assert logged["outcome/effective_rows"] == pytest.approx(
+        kish(np.concatenate([bell[0] - bell[1], bell[1]])), rel=1e-4
+    )
 
 
 @given(seed=seeds, pairs=st.integers(1, 5), scale=st.floats(1e-3, 1e3))

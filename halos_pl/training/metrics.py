@@ -225,13 +225,14 @@ def outcome_figures(outcomes: Outcomes, value_function: ValueFunction) -> dict[s
     return {f"outcome/{name}": over(values, everywhere) for name, values in figures.items()}
 
 
-def slope_figures(slopes: Sequence[Slopes]) -> dict[str, Weighted]:
+def slope_figures(of_halos: Sequence[tuple[HALO, Slopes]]) -> dict[str, Weighted]:
     """The ratio of the classes' slopes, the mean weight of each class in the first HALO, and what the effective number
     of rows is computed from; see :func:`derived`.
     """
-    total = of_sum(slopes)
-    # A row that only serves as another's reference point, as a rejected one in DPO, has a slope but no weight.
-    counted = wide(torch.stack([each.weight > 0 for each in slopes]).any(dim=0))
+    total = of_sum([slopes for _, slopes in of_halos])
+    # A row with which another is compared, with gradient, has a slope without a weight, such as a rejected one in DPO.
+    counts = [(slopes.weight > 0) | (halo.reference_point.scope == "row") for halo, slopes in of_halos]
+    counted = wide(torch.stack(counts).any(dim=0))
     size, rows = wide(total.size) * counted, counted.sum()
     chosen, rejected = total.of_class(True), total.of_class(False)
     return {
@@ -254,8 +255,9 @@ def derived(means: dict[str, float]) -> dict[str, float]:
 
     * ``rewards/margins``, the difference of the two class means, if both exist.
     * ``rewards/length_correlation``, if it is defined and there are rows (see :func:`correlation`).
-    * ``outcome/effective_rows``: (sum s)^2 / (n * sum s^2) over the n rows with weight, with s = |dloss/dr|. This is
-      the effective sample size of Kish 1965, section 11.7, divided by n: between 1 / n and 1.
+    * ``outcome/effective_rows``: (sum s)^2 / (n * sum s^2) with s = |dloss/dr|, over the n rows that have weight or, if
+      z0 has a gradient, all rows. This is the effective sample size of Kish 1965, section 11.7, divided by n: between
+      1 / n and 1.
 
     rho and the effective rows are absent (NaN) if there are no slopes to compare (for rho: of a class), and while the
     policy is its reference, as slopes at a kink depend on rounding.
@@ -302,5 +304,5 @@ def row_figures(rows: LogProbBatch, result: Result, halo: HALO | None) -> dict[s
         if halo.needs.mismatched and halo.needs.reference:
             figures["kl"] = figures["outcome/z0"]
     if result.slopes:
-        figures |= slope_figures([slopes for _, slopes in result.slopes])
+        figures |= slope_figures(result.slopes)
     return figures
