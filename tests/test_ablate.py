@@ -954,7 +954,7 @@ def test_the_figures_are_those_of_their_definitions(make: Any, tmp_path: Path) -
     found = json.loads((run.folder / "evaluation.json").read_text())
     assert {metric: len(values) for metric, values in found.items()} == {
         **dict.fromkeys(("reward_accuracy", "reward_margin", "brier", "reward_auroc", "kl_held_out"), 1),
-        **dict.fromkeys(("policy_accuracy", "nll_desirable", "nll_undesirable"), 1),
+        **dict.fromkeys(("policy_accuracy", "nll_desirable", "nll_undesirable", "displacement"), 1),
         **dict.fromkeys(("kl", "length", "finished"), 2),
     }
 
@@ -976,6 +976,8 @@ def test_rows_of_one_prompt_are_one_example() -> None:
     margins = [2.0 * (ord(p) + i) for p, count in counts.items() for i in range(count)]
     assert np.mean(list(found["reward_margin"].values())) == pytest.approx(np.mean(margins))
     assert np.mean(list(found["kl_held_out"].values())) == pytest.approx(np.mean([r["kl"] for r in records]))
+    ratios = [r["policy_logp"] - r["reference_logp"] for r in records if r["desirable"]]
+    assert np.mean(list(found["displacement"].values())) == pytest.approx(np.mean(ratios))
 
 
 _rewards = st.lists(st.integers(-3, 3).map(float), min_size=2, max_size=8)

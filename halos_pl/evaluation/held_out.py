@@ -204,6 +204,7 @@ def of_rows(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     rewards: dict[bool, dict[str, float]] = {True: {}, False: {}}
     for r in records:
         rewards[r["desirable"]][r["row"]] = r["policy_logp"] - r["reference_logp"]
+    metrics["displacement"] = by_example(rewards[True], example)
     metrics["kl_held_out"] = by_example({r["row"]: r["kl"] for r in records}, example)
     if rewards[True] and rewards[False]:
         metrics["reward_auroc"] = by_example(_auroc_shares(rewards[True], rewards[False]), example)

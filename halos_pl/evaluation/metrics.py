@@ -38,6 +38,9 @@ METRICS = {
     "reward_auroc": Metric("examples", "share of undesirable rows with a lower reward than a desirable one", True),
     "nll_desirable": Metric("rows", "negative log-prob of desirable completions, nats per token", False),
     "nll_undesirable": Metric("rows", "negative log-prob of undesirable completions, nats per token", None),
+    "displacement": Metric(
+        "rows", "log-prob of desirable completions under the policy minus that under the reference, nats", None
+    ),
     "kl_held_out": Metric(
         "examples", "KL from the reference along held-out completions, nats, exact at each token", None
     ),
@@ -58,7 +61,7 @@ METRICS = {
     "grade": Metric("prompts", "grade by the judge at the endpoint, on its own scale", True),
 }
 #: Metrics that compare with a reference model.
-COMPARING = ("reward_accuracy", "reward_margin", "brier", "reward_auroc", "kl_held_out", "kl")
+COMPARING = ("reward_accuracy", "reward_margin", "brier", "reward_auroc", "displacement", "kl_held_out", "kl")
 #: Metrics that lie between 0 and 1.
 SHARES = frozenset(name for name, metric in METRICS.items() if metric.meaning.startswith("share"))
 #: Positive metrics without an upper bound: arms are compared by ratios, on the log scale.

@@ -90,10 +90,12 @@ class ReferenceModel(Reference):
     It is not a submodule of the LightningModule: it is never trained, wrapped by DDP, or saved in a checkpoint.
 
     Attributes:
+        initial: whether it is, and stays, the policy before training.
         storable: whether its log-probs can be stored for other runs: it never changes, and has a ``fingerprint``.
         fingerprint: hash of its weights as loaded; set by ``bind`` with ``stored``, if ``storable``.
     """
 
+    initial = False
     storable = False
     fingerprint: str
 
@@ -198,7 +200,7 @@ def _match(scorer: Scorer, policy: Scorer, tensors: Callable[[nn.Module], Iterat
 class FrozenCopy(ReferenceModel):
     """A second copy of the policy's initial weights, in the policy's dtypes."""
 
-    storable = True
+    initial = storable = True
 
     def check(self, spec: ModelSpec) -> None:
         if spec.quantize is not None:
@@ -323,7 +325,7 @@ class SyncedCopy(ReferenceModel):
 class AdapterOff(ReferenceModel):
     """The policy itself with its LoRA adapter switched off: no second copy in memory."""
 
-    storable = True
+    initial = storable = True
 
     def check(self, spec: ModelSpec) -> None:
         if spec.lora is None:

@@ -19,7 +19,7 @@ from halos_pl.study.spec import Study, StudyError
 
 # Rows that a metric needs, by label.
 _GOOD, _BAD = {1: "desirable"}, {0: "undesirable"}
-NEEDED = {"nll_desirable": _GOOD, "nll_undesirable": _BAD, "reward_auroc": _GOOD | _BAD}
+NEEDED = {"nll_desirable": _GOOD, "nll_undesirable": _BAD, "displacement": _GOOD, "reward_auroc": _GOOD | _BAD}
 
 
 def check_held_out(study: Study, arguments: Mapping[str, Any], tokenizer: Any, data: Any) -> int:

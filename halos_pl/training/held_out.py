@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -93,6 +94,7 @@ class HeldOut:
     def log(self, prefix: str) -> None:
         """Logs the figures over all ranks, equal on each, and resets them."""
         means = derived(self.means.compute(empty=False))
+        means = {name: value for name, value in means.items() if not math.isnan(value)}  # undefined
         targets: Any = self._auroc.target
         labels = torch.cat(list(targets)) if targets else torch.zeros(0)
         both = sum_over_ranks(torch.stack([(labels == 0).sum(), (labels == 1).sum()]).float().to(self._module.device))

@@ -15,7 +15,7 @@ from torch import Tensor
 from halos_pl.batch import LogProbBatch
 from halos_pl.distributed import sum_over_ranks
 from halos_pl.objective.feedback import Slopes
-from halos_pl.objective.feedback.slopes import of_sum
+from halos_pl.objective.feedback.slopes import AT_START, of_sum
 from halos_pl.objective.halo import HALO, Outcomes, Result
 from halos_pl.objective.rewards import LogRatio
 from value_functions import ValueFunction, reward_scale
@@ -27,6 +27,11 @@ Weighted = tuple[Tensor, Tensor]
 def over(values: Tensor, where: Tensor) -> Weighted:
     """Sum and count of ``values`` [n] at the rows ``where`` (BoolTensor [n])."""
     return torch.where(where, values.float(), 0.0).sum(), where.sum().float()
+
+
+def wide(values: Tensor) -> Tensor:
+    """``values`` in float64 if the device has it, as sums of very many float32 values, or of squares, lose digits."""
+    return values.to(torch.float32 if values.is_mps else torch.float64)
 
 
 class Losses(dict[str, Tensor]):
@@ -48,8 +53,7 @@ class Means:
     def add(self, figures: dict[str, Weighted]) -> None:
         """Adds sums and counts; every rank must add the same names in the same order."""
         for name, pair in figures.items():
-            # float64 if the device has it, as an epoch adds up very many float32 values.
-            here = torch.stack([p.detach() for p in pair]).to(torch.float32 if pair[0].is_mps else torch.float64)
+            here = wide(torch.stack([p.detach() for p in pair]))
             self._sums[name] = self._sums[name] + here if name in self._sums else here
 
     def totals(self) -> Tensor:
@@ -142,9 +146,49 @@ def into_unit_interval(reward: Tensor) -> Tensor:
 
 
 def logp_figures(rows: LogProbBatch) -> dict[str, Weighted]:
-    """Log-probs by class, nats, of n rows without mismatched rows."""
-    logps = rows.policy_logps.detach().sum(dim=1)
-    return {"logps/chosen": over(logps, rows.labels.desirable), "logps/rejected": over(logps, ~rows.labels.desirable)}
+    """Log-probs by class, nats, of n rows without mismatched rows, and how far those of the chosen ones have moved."""
+    desirable, logps = rows.labels.desirable, rows.policy_logps.detach().sum(dim=1)
+    figures = {"logps/chosen": over(logps, desirable), "logps/rejected": over(logps, ~desirable)}
+    if rows.reference_logps is not None:
+        figures["logps/displacement"] = over(logps - rows.reference_logps.sum(dim=1), desirable)
+    return figures
+
+
+def length_figures(rows: LogProbBatch) -> dict[str, Weighted]:
+    """Tokens with loss by class, of n rows without mismatched rows."""
+    desirable, tokens = rows.labels.desirable, rows.mask.sum(dim=1)
+    return {"lengths/chosen": over(tokens, desirable), "lengths/rejected": over(tokens, ~desirable)}
+
+
+_CORRELATION = "rewards/length_correlation"
+#: Means that only serve to compute the correlation of rewards r and lengths l, and are not logged.
+_MOMENTS = tuple(f"{_CORRELATION}/{name}" for name in ("r", "l", "rr", "ll", "rl", "moved"))
+#: A variance below this share of the mean square is rounding of float32 numbers.
+_ROUNDING = 1e-12
+
+
+def correlation_figures(reward: Tensor, tokens: Tensor) -> dict[str, Weighted]:
+    """Moments of rewards (nats, float [n]) and lengths (LongTensor [n]); see :func:`correlation`."""
+    r, length = wide(reward), wide(tokens)
+    n = torch.ones_like(r).sum()
+    moments = (r, length, r * r, length * length, r * length, wide(r.abs() > AT_START))
+    return {name: (values.sum(), n) for name, values in zip(_MOMENTS, moments, strict=True)}
+
+
+def correlation(r: float, length: float, rr: float, ll: float, rl: float, moved: float) -> float:
+    """Pearson's correlation of rewards r and lengths l.
+
+    Args:
+        r, length, rr, ll, rl: Means of r, l, r * r, l * l and r * l over the rows.
+        moved: Share of rewards that are not 0 up to rounding.
+
+    Returns:
+        NaN if it is undefined: if rewards or lengths do not vary, or all rewards are 0.
+    """
+    of_rewards, of_lengths = rr - r * r, ll - length * length
+    if not (moved and of_rewards > _ROUNDING * rr and of_lengths > _ROUNDING * ll):
+        return math.nan
+    return max(-1.0, min(1.0, (rl - r * length) / math.sqrt(of_rewards * of_lengths)))
 
 
 def reward_figures(rows: LogProbBatch, reward: Tensor, beta: float) -> dict[str, Weighted]:
@@ -181,31 +225,51 @@ def outcome_figures(outcomes: Outcomes, value_function: ValueFunction) -> dict[s
     return {f"outcome/{name}": over(values, everywhere) for name, values in figures.items()}
 
 
-def slope_figures(slopes: Sequence[Slopes]) -> dict[str, Weighted]:
-    """The ratio of the classes' slopes, and the mean weight of each class in the first HALO; see :func:`derived`."""
-    total = of_sum(slopes)
+def slope_figures(of_halos: Sequence[tuple[HALO, Slopes]]) -> dict[str, Weighted]:
+    """The ratio of the classes' slopes, the mean weight of each class in the first HALO, and what the effective number
+    of rows is computed from; see :func:`derived`.
+    """
+    total = of_sum([slopes for _, slopes in of_halos])
+    # A row with which another is compared, with gradient, has a slope without a weight, such as a rejected one in DPO.
+    counts = [(slopes.weight > 0) | (halo.reference_point.scope == "row") for halo, slopes in of_halos]
+    counted = wide(torch.stack(counts).any(dim=0))
+    size, rows = wide(total.size) * counted, counted.sum()
     chosen, rejected = total.of_class(True), total.of_class(False)
     return {
         "outcome/rho": (chosen.slope, rejected.slope),
         "outcome/weight_chosen": (chosen.weight, chosen.rows),
         "outcome/weight_rejected": (rejected.weight, rejected.rows),
+        _EFFECTIVE: (size.sum(), rows),
+        _SQUARES: (size.square().sum(), rows),
         _MOVED: (total.moved, torch.ones_like(total.moved)),
     }
 
 
-#: Outcomes that are not 0; it only tells whether rho is defined, and is not logged.
-_MOVED = "outcome/moved"
+_EFFECTIVE = "outcome/effective_rows"
+#: Mean square of the slopes, and outcomes that are not 0. They only serve other figures, and are not logged.
+_SQUARES, _MOVED = "outcome/squares", "outcome/moved"
 
 
 def derived(means: dict[str, float]) -> dict[str, float]:
-    """Adds ``rewards/margins``, the difference of the two class means, if both exist, and settles ``outcome/rho``.
+    """Adds the figures that are functions of several means, and removes the means that are not logged.
 
-    rho is absent (NaN) if the rows of a class have no slope, and while the policy is its reference.
+    * ``rewards/margins``, the difference of the two class means, if both exist.
+    * ``rewards/length_correlation``, if it is defined and there are rows (see :func:`correlation`).
+    * ``outcome/effective_rows``: (sum s)^2 / (n * sum s^2) with s = |dloss/dr|, over the n rows that have weight or, if
+      z0 has a gradient, all rows. This is the effective sample size of Kish 1965, section 11.7, divided by n: between
+      1 / n and 1.
+
+    rho and the effective rows are absent (NaN) if there are no slopes to compare (for rho: of a class), and while the
+    policy is its reference, as slopes at a kink depend on rounding.
     """
     if {"rewards/chosen", "rewards/rejected"} <= means.keys():
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-    if "outcome/rho" in means and not (means.pop(_MOVED) and means["outcome/rho"]):
-        means["outcome/rho"] = math.nan
+    if means.keys() >= set(_MOMENTS):
+        means[_CORRELATION] = correlation(*(means.pop(name) for name in _MOMENTS))
+    if _MOVED in means:
+        moved, squares = means.pop(_MOVED), means.pop(_SQUARES)
+        means["outcome/rho"] = (moved and means["outcome/rho"]) or math.nan
+        means[_EFFECTIVE] = means[_EFFECTIVE] ** 2 / squares if moved and squares else math.nan
     return means
 
 
@@ -225,8 +289,10 @@ def row_figures(rows: LogProbBatch, result: Result, halo: HALO | None) -> dict[s
         halo: the HALO whose outcomes are logged; None for a pure baseline.
     """
     figures = logp_figures(rows) if rows.has_logps else {}
+    figures |= length_figures(rows)
     reward = implied_reward(rows, result)
     if reward is not None:
+        figures |= correlation_figures(reward, rows.mask.sum(dim=1))
         figures |= reward_figures(rows, reward, reward_scale(halo.value_function) if halo else 1.0)
     if halo is not None and result.outcomes is not None and result.estimate is not None:
         with torch.autocast(rows.mask.device.type, enabled=False):
@@ -238,5 +304,5 @@ def row_figures(rows: LogProbBatch, result: Result, halo: HALO | None) -> dict[s
         if halo.needs.mismatched and halo.needs.reference:
             figures["kl"] = figures["outcome/z0"]
     if result.slopes:
-        figures |= slope_figures([slopes for _, slopes in result.slopes])
+        figures |= slope_figures(result.slopes)
     return figures

@@ -33,6 +33,7 @@ from halos_pl.training import checkpoint_contents
 from halos_pl.training.absent import keep_out_absent
 from halos_pl.training.checks import check_arguments, check_trainer
 from halos_pl.training.clamped import ClampWatch
+from halos_pl.training.displaced import DisplacementWatch
 from halos_pl.training.engine import Deferral, StepEngine
 from halos_pl.training.gradients import GradientWatch, clip_gradients, finish_watch
 from halos_pl.training.guards import check_fit, check_loaded, check_setup
@@ -44,6 +45,7 @@ from halos_pl.training.predictions import records_of
 from halos_pl.training.resume import Record, align_logged_step
 from halos_pl.training.settings import weights_sample
 from halos_pl.training.step_log import StepFigures, outcomes_of
+from halos_pl.training.watch import Watch
 from value_functions import ValueFunction
 
 
@@ -124,7 +126,10 @@ class HALOModule(LightningModule):
         #: Names of the batch's rows, and the figures that its step logs.
         self.row_ids: list[str] = []
         self.figures: dict[str, float] = {}
-        self._held_out, self._gradients, self._clamps = HeldOut(self), GradientWatch(), ClampWatch()
+        self._held_out, self._gradients = HeldOut(self), GradientWatch()
+        self._watches: list[Watch[Any]] = [ClampWatch()]
+        if self.models.reference_model.initial:
+            self._watches.append(DisplacementWatch())
         self._masters, self._deferral = MasterWeights([]), Deferral()
         self._last_loss: Tensor | None = None
         self._step: StepFigures | None = None
@@ -260,7 +265,8 @@ class HALOModule(LightningModule):
         assert self._step is not None
         step, self._step = self._step, None
         clip_gradients(self, self._gradients, step, optimizer, gradient_clip_val, gradient_clip_algorithm)
-        self._clamps.see(self.figures)
+        for watch in self._watches:
+            watch.see(self.figures)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the step, and updates a reference that follows the policy before anything is saved."""
@@ -292,7 +298,8 @@ class HALOModule(LightningModule):
 
     def on_train_end(self) -> None:
         finish_watch(self, self._gradients)
-        self._clamps.finish()
+        for watch in self._watches:
+            watch.finish()
 
 
 #: Arguments that a checkpoint stores unchanged.

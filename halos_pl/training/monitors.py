@@ -16,7 +16,7 @@ from halos_pl.training.reward_quality import OF_PAIRS, OF_ROWS, is_learned
 #: Figures of training steps only.
 TRAINING = ("grad_norm", "rows/s", "tokens/s", "TFLOP/s", "of_matmul")
 #: Figures of a HALO's training steps only.
-OF_SLOPES = ("outcome/rho", "outcome/weight_chosen", "outcome/weight_rejected")
+OF_SLOPES = ("outcome/rho", "outcome/effective_rows", "outcome/weight_chosen", "outcome/weight_rejected")
 #: Names that Lightning's ModelCheckpoint accepts besides logged figures.
 COUNTERS = ("epoch", "step")
 #: First words of the messages with which Lightning's callbacks give up.
@@ -36,10 +36,13 @@ def _figures(module: Any, split: Any) -> Iterator[str]:
     for number, term in enumerate(getattr(module.objective, "terms", ())):
         yield f"loss/{number}_{type(term).__name__}"
     rewards = module.objective.halo is not None or module.objective.needs.reference
-    for kind in (*(["logps"] if module.objective.needs.policy_logps else []), *(["rewards"] if rewards else [])):
+    logps = module.objective.needs.policy_logps
+    for kind in ("lengths", *(["logps"] if logps else []), *(["rewards"] if rewards else [])):
         yield from (f"{kind}/{name}" for name, there in (("chosen", chosen), ("rejected", rejected)) if there)
+    if module.objective.needs.reference and chosen:
+        yield "logps/displacement"
     if rewards:
-        yield "outcome/reward"
+        yield from ("outcome/reward", "rewards/length_correlation")
         if chosen and rejected:
             yield "rewards/margins"
         if table is None or bool((table.pair >= 0).any()):

@@ -19,7 +19,7 @@ from halos_pl.common.files import whole
 METRICS = "metrics.csv"
 #: Columns from left to right, by name or beginning of the name; "" stands for all others.
 ORDER = (
-    *("step", "epoch", "loss", "grad_norm", "rewards", "kl", "outcome", "logps", "", "val"),
+    *("step", "epoch", "loss", "grad_norm", "rewards", "kl", "outcome", "logps", "lengths", "", "val"),
     *("rows/s", "tokens/s", "TFLOP/s", "of_matmul", "DeviceStatsMonitor"),
 )
 

@@ -36,7 +36,7 @@ def fails(answer, row):
 """
 SETTINGS = ["--max_new_tokens=6", "--temperature=1", "--seed=3", "--batch_size=4"]
 ALONE = {"policy_accuracy", "nll_desirable", "nll_undesirable"}
-REWARDS = {"reward_accuracy", "reward_margin", "brier", "reward_auroc", "kl_held_out"}
+REWARDS = {"reward_accuracy", "reward_margin", "brier", "reward_auroc", "displacement", "kl_held_out"}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_every_kind_of_model_gives_the_figures_of_the_run(home: Path, tiny_folde
     for metric, values in before.items():
         assert base[metric] == pytest.approx(values, rel=1e-4, abs=1e-5), metric
     assert means(before)["judge"] == means(before)["reward_accuracy"] == 0.5
-    assert means(before)["kl"] == means(before)["kl_held_out"] == means(before)["reward_margin"] == 0
+    assert all(means(before)[name] == 0 for name in ("kl", "kl_held_out", "reward_margin", "displacement"))
     # A run is a reference, too: the run against itself.
     evaluate(home, home / "merged", *words_of(home), f"--reference={home}/run", f"--out={home}/same")
     assert means(read(home / "same"))["kl"] == pytest.approx(0, abs=1e-4)

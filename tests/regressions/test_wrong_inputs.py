@@ -318,7 +318,7 @@ def test_a_command_names_what_is_wrong(
 
 
 # Rows held out, and the metrics that they give.
-ROWS = ("nll_desirable", "kl_held_out")
+ROWS = ("nll_desirable", "displacement", "kl_held_out")
 HELD_OUT: dict[str, tuple[list[dict[str, Any]], set[str]]] = {
     "unpaired": (
         [{"prompt": f"p{i}", "completion": "c", "label": i % 3 != 0} for i in range(6)],

@@ -61,13 +61,16 @@ class Slopes:
     def _of_rows(self) -> tuple[Tensor, ...]:
         return self.desirable, self.weight, self.reward, self.slope, self.outcome, self.row_weight
 
+    @property
+    def size(self) -> Tensor:
+        """|dloss/dr| of each row, summed over its tokens for a reward per token; 1 / nats, float [m]."""
+        return self.slope.abs().flatten(start_dim=1).sum(dim=1) if self.slope.dim() > 1 else self.slope.abs()
+
     def of_class(self, desirable: bool) -> ClassSums:
         """Sums over the desirable or the undesirable rows."""
         member = (self.desirable == desirable).float()
-        size = self.slope.abs().flatten(start_dim=1).sum(dim=1) if self.slope.dim() > 1 else self.slope.abs()
-        return ClassSums(
-            *((member * each).sum() for each in (torch.ones_like(member), size, self.weight, self.row_weight))
-        )
+        counted = (torch.ones_like(member), self.size, self.weight, self.row_weight)
+        return ClassSums(*((member * each).sum() for each in counted))
 
     @property
     def moved(self) -> Tensor:
