@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import yaml
 
 from halos_pl.data.example import DataError
@@ -38,6 +39,7 @@ from halos_pl.tasks.options import benchmarks_of
 from halos_pl.training.ending import epoch_steps, fit_steps
 from halos_pl.training.monitors import check_monitors
 from halos_pl.training.named_model import NamedModel
+from halos_pl.training.optim import make_optimizer
 
 #: Devices that every machine has, since those of a cluster's nodes are unknown.
 PLACEMENT = {
@@ -56,7 +58,10 @@ class CommandLine(Protocol):
         """Errors that a user can fix."""
 
     def fit(self, words: list[str]) -> Any:
-        """A LightningCLI with ``config``, ``parser``, ``trainer``, ``model`` and ``datamodule`` of ``halos fit``."""
+        """A LightningCLI with ``config``, ``parser``, ``trainer``, ``model`` and ``datamodule`` of ``halos fit``.
+
+        Its ``before_fit`` refuses what cannot work with any data.
+        """
 
     def evaluate(self, words: list[str]) -> Mapping[str, Any]:
         """The arguments of ``halos evaluate``, by name."""
@@ -213,6 +218,8 @@ def _check_arm(study: Study, arm: Arm, line: CommandLine, known: dict[str, str])
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
             cli = line.fit(words)
+            if study.cluster is None:  # whose nodes may have other devices
+                cli.before_fit()
             config = cli.config.clone()
             config.run_dir, config.seed_everything = "", 0
             config.trainer.default_root_dir = None
@@ -229,9 +236,20 @@ def _check_arm(study: Study, arm: Arm, line: CommandLine, known: dict[str, str])
         raise StudyError(f"{place}: {type(error).__name__}: {error}") from error
     if cli.model.objective.needs.scalar:
         raise StudyError(f"{place}: it trains a reward model, which writes no answers to measure; use halos fit")
+    if study.tune is not None and _stands_still(cli.model):
+        raise StudyError(
+            f"{study.places['tune']}: tune: with {arm.candidate}, {arm.name!r} has a learning rate of 0, which trains"
+            " nothing; remove the value"
+        )
     resolved = dumped + repr(data) + "".join(map(repr, filter(None, (placed, code))))
     whole = hashlib.sha256(resolved.encode()).hexdigest()
     return cli, CheckedArm(steps, whole, digest([content, data, placed, code]))
+
+
+def _stands_still(module: Any) -> bool:
+    """Whether a module's learning rate is 0."""
+    optimizer = make_optimizer(module.make_optimizer, [torch.nn.Parameter(torch.zeros(64, 64))])
+    return all(group.get("lr") == 0 for group in optimizer.param_groups)
 
 
 def _steps(cli: Any) -> int:
