@@ -17,6 +17,7 @@ from halos_pl.common.experiments import shipped_name
 from halos_pl.conformance.check import reports
 from halos_pl.evaluation.files import measured_how
 from halos_pl.evaluation.metrics import BY_JUDGE
+from halos_pl.objective.build import OF_THE_OBJECTIVE
 from halos_pl.objective.halo import HALO
 from halos_pl.run_dir import CONFIG
 from halos_pl.study.choice import choices
@@ -167,17 +168,10 @@ def describe(study: Study, out: Path) -> Recorded:
     return Recorded(values, record, tuning.means)
 
 
-#: Settings of ``model`` that are no part of its objective.
-NO_PART = (
-    *("policy", "optimizer", "lr_schedule", "warmup_ratio", "master_weights"),
-    *("reference_store", "micro_batch_rows", "prefix_sharing"),
-)
-
-
 def _objective(run: Run) -> str:
     """The settings of a run's objective, as JSON."""
     model = config_of(run).get("model") or {}
-    return json.dumps({key: value for key, value in model.items() if key not in NO_PART}, sort_keys=True, default=str)
+    return json.dumps({key: model[key] for key in sorted(OF_THE_OBJECTIVE & model.keys())}, sort_keys=True, default=str)
 
 
 def _training(run: Run, module: HALOModule | None) -> dict[str, dict[str, float]]:

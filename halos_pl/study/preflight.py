@@ -26,6 +26,7 @@ from halos_pl.evaluation.arguments import check_arguments, measuring
 from halos_pl.evaluation.evaluate import ARGUMENTS
 from halos_pl.evaluation.judging import judged_by
 from halos_pl.evaluation.metrics import CODE, metric_of
+from halos_pl.evaluation.precision import trained_in
 from halos_pl.evaluation.win_rates import win_rates_of
 from halos_pl.policy.spec import ModelError
 from halos_pl.study.apart import check_apart
@@ -143,12 +144,8 @@ def check(study: Study, line: CommandLine) -> Checked:
             trained_on.append((arm.name, cli.datamodule.sources["train"]))
             precisions.setdefault(str(cli.trainer.precision), arm.name)
             first = first or cli
-        if arguments["precision"] == "as_trained" and len(precisions) > 1:
-            some = ", ".join(f"{precision} ({arm!r})" for precision, arm in precisions.items())
-            raise StudyError(
-                f"{study.places['evaluate']}: evaluate.precision is as_trained, but the arms are trained in {some};"
-                " choose one precision for all"
-            )
+        if arguments["precision"] == "as_trained":
+            _check_as_trained(study, precisions)
         held_out = check_held_out(study, arguments, first.model.tokenizer, first.datamodule)
         if validating is not None:
             check_held_out(study.validation, validating, first.model.tokenizer, first.datamodule)
@@ -161,6 +158,20 @@ def check(study: Study, line: CommandLine) -> Checked:
     unit = metric_of(study.primary).unit
     examples = {"prompts": prompts, "questions": questions}.get(unit, held_out)
     return Checked(arms, examples, how, None if validating is None else measuring(validating), lacking)
+
+
+def _check_as_trained(study: Study, arms: Mapping[str, str]) -> None:
+    """Refuses arms that could not all be measured in the precision of their training; ``arms`` has one of each."""
+    place = f"{study.places['evaluate']}: evaluate.precision is as_trained, but"
+    for precision, arm in arms.items():
+        if trained_in(precision) is None:
+            raise StudyError(
+                f"{place} arm {arm!r} is trained in {precision}, in which it cannot be measured; choose 32-true or"
+                " bf16-mixed"
+            )
+    if len(arms) > 1:
+        some = ", ".join(f"{precision} ({arm!r})" for precision, arm in arms.items())
+        raise StudyError(f"{place} the arms are trained in {some}; choose one precision for all")
 
 
 def _check_benchmarks(study: Study, arguments: Mapping[str, Any], first: Any) -> int:
