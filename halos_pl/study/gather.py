@@ -88,7 +88,8 @@ def _renamed(figures: Figures, moved: Mapping[str, str]) -> Figures:
     """The values with the names that examples of files have in the record."""
     if not moved:
         return figures
-    names = {f"{path}:": f"{then}:" for path, then in moved.items()}
+    # A row is named FILE:LINE, or FOLDER[SPLIT]:LINE.
+    names = {f"{path}{mark}": f"{then}{mark}" for path, then in moved.items() for mark in ":["}
     names |= {f"{Path(path).name}:": f"{Path(then).name}:" for path, then in moved.items()}  # those of prompts
 
     def name(example: str) -> str:
