@@ -26,7 +26,7 @@ from halos_pl.study.earlier import Earlier, read_earlier
 from halos_pl.study.finished import config_of, finished, summary
 from halos_pl.study.recorded import AMOUNTS, Figures, Key, Recorded
 from halos_pl.study.spec import Run, Study
-from halos_pl.study.state import BY_CONTENT, PLAN, failure, state
+from halos_pl.study.state import BY_CONTENT, failure, read_plan, state
 from halos_pl.study.trivial import STARTS, baselines, by_length, held_out_records, names_of, starts_of
 from halos_pl.study.tuning import tuning_in
 from halos_pl.training.module import HALOModule
@@ -79,7 +79,7 @@ def _moved(earlier: Earlier, out: Path) -> dict[str, str]:
     if not earlier.record:
         return {}
     then = {digest: path for path, digest in earlier.record[BY_CONTENT]["files"].items()}
-    now: dict[str, str] = _plan(out)[BY_CONTENT]["files"]
+    now: dict[str, str] = read_plan(out)[BY_CONTENT]["files"]
     recorded = set(earlier.record[BY_CONTENT]["files"])  # two files may have the same content
     return {path: then[digest] for path, digest in now.items() if path not in recorded and digest in then}
 
@@ -218,15 +218,9 @@ def _value_curve(halo: HALO, runs: list[Figures]) -> dict[str, float]:
     return {repr(u): y for u, y in zip(grid.tolist(), v.tolist(), strict=True) if math.isfinite(y)}
 
 
-def _plan(out: Path) -> dict[str, Any]:
-    """The plan of a study; empty if there is none."""
-    plan: dict[str, Any] = json.loads((out / PLAN).read_text(encoding="utf-8")) if (out / PLAN).is_file() else {}
-    return plan
-
-
 def _record(study: Study, out: Path, ended: list[Run], earlier: Earlier) -> dict[str, Any]:
     """The contents of a report besides numbers; ``ended`` are the runs that are used, tuning runs included."""
-    plan = _plan(out)
+    plan = read_plan(out)
     own = [run for run in ended if not earlier.has(run)]
     starts = starts_of([run for run in own if not run.trial], earlier)
     # All runs are measured on the same data.

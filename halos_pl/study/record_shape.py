@@ -10,6 +10,7 @@ TEXT, NUMBER, ANY = "a text", "a number", "anything"
 #: What each part contains: a tuple has alternatives, a list items of one kind, a mapping with ``*`` values of one kind
 #: under any key, and another mapping its parts, any of which may be missing.
 _FILES = {"*": TEXT}
+_MADE = [{"*": ANY, "runs": NUMBER, "names": [TEXT]}]  # no part is missing
 _SHAPE: dict[str, Any] = {
     "study": TEXT,
     "overrides": (TEXT, None),
@@ -18,7 +19,7 @@ _SHAPE: dict[str, Any] = {
     "starts": {"*": TEXT},
     "models": {"*": TEXT},
     "measured": ({"*": _FILES}, None),
-    "made": [{"*": ANY, "names": [TEXT]}],
+    "made": _MADE,
     "data": {"*": [TEXT]},
     "missing": [{"*": TEXT}],
     "verdicts": {"*": TEXT},
@@ -36,7 +37,7 @@ _NEEDED = ("arms", "measured", "tuning", "files")
 
 def misshapen(record: Mapping[str, Any]) -> str:
     """The first part of a record that has another shape than a study writes; empty if there is none."""
-    if fault := fault_in(record, _SHAPE):
+    if fault := fault_in(record, _SHAPE) or fault_in(record.get("made", []), _MADE, "made", whole=True):
         return fault
     lacks = [key for key in _NEEDED if key not in record["by_content"]] if "by_content" in record else []
     return f"by_content lacks {', '.join(lacks)}" if lacks else ""
