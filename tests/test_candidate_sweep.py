@@ -6,10 +6,12 @@ import csv
 import gzip
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -123,6 +125,80 @@ def test_an_interrupted_sweep_resumes_to_the_same_values(study, out, tmp_path):
     (out / "values.csv.gz").write_bytes(packed[: len(packed) * 2 // 3])  # in the middle of a piece
     run(study, tmp_path)
     assert {name: sorted(map(str, table(out, name))) for name in whole} == whole
+
+
+@pytest.mark.parametrize("left", [0.0, 0.6])
+def test_lost_means_of_prompts_are_computed_again(study, out, tmp_path, left):
+    """Or the differences would be those of fewer seeds, or missing."""
+
+    def prompts():
+        return {tuple(v for k, v in line.items() if k != "seconds") for line in table(out, "prompts")}
+
+    whole, packed = prompts(), (out / "prompts.csv.gz").read_bytes()
+    (out / "prompts.csv.gz").write_bytes(packed[: int(len(packed) * left)])
+    run(study, tmp_path)
+    assert prompts() == whole
+
+
+def test_reading_a_table_changes_nothing(study, out):
+    """Another process may be adding a piece to it."""
+    packed = (out / "values.csv.gz").read_bytes()[:-5]
+    (out / "values.csv.gz").write_bytes(packed)
+    status(str(out))
+    report(str(out))
+    assert (out / "values.csv.gz").read_bytes() == packed
+
+
+def damaged(old: bytes, new: bytes, name: str = "values.csv.gz"):
+    def damage(out: Path) -> None:
+        text = gzip.decompress((out / name).read_bytes())
+        assert old in text
+        (out / name).write_bytes(gzip.compress(text.replace(old, new, 1)))
+
+    return damage
+
+
+def changed(**parts):
+    def damage(out: Path) -> None:
+        record = json.loads((out / "record.json").read_text()) | parts
+        kept = {key: value for key, value in record.items() if value is not None}
+        (out / "record.json").write_text(json.dumps(kept))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    [
+        *((damaged(b",1,", text), "values.csv.gz") for text in (b",many,", b",nan,", b",inf,", b",,")),
+        (damaged(b"dpo,", b"d\xffo,"), "values.csv.gz"),
+        (damaged(b"accuracy,", b"accuracy,x ", "prompts.csv.gz"), "prompts.csv.gz"),
+        (damaged(b",0.001,", b",0.001,x", "rates.csv.gz"), "rates.csv.gz"),
+        *((lambda out, text=text: (out / "record.json").write_text(text), "record.json") for text in ("{", "[]", "{}")),
+        *((changed(**part), "record.json") for part in ({"settings": 3}, {"training": None}, {"prompts": 2})),
+    ],
+)
+def test_a_damaged_file_of_a_sweep_is_named(study, out, tmp_path, damage, file):
+    damage(out)
+    with pytest.raises(StudyError, match=re.escape(str(out / file))) as error:
+        run(study, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_values_of_more_seeds_are_refused(study, out, tmp_path):
+    with pytest.raises(StudyError, match="3 seeds, not 1"):
+        run(study | {"seeds": 1}, tmp_path)
+
+
+def test_splits_of_a_saved_data_set_can_be_trained_and_measured_on(study, tmp_path):
+    splits = {"train": rows(0, 12), "test": rows(100, 8)}
+    saved_set = datasets.DatasetDict({name: datasets.Dataset.from_list(each) for name, each in splits.items()})
+    saved_set.save_to_disk(str(tmp_path / "set"))
+    whole = table(run(study, tmp_path), "values")
+    shutil.rmtree(tmp_path / "out")
+    named = {"train": "train", "held_out": "test"}
+    study |= {key: [{"path": str(tmp_path / "set"), "split": split}] for key, split in named.items()}
+    assert table(run(study, tmp_path), "values") == whole
 
 
 def test_more_seeds_keep_those_that_are_done(study, out, tmp_path):
@@ -332,6 +408,12 @@ def test_free_logits_are_reported_on_the_prompts_of_training(study, tmp_path):
         ({"colour": "red"}, "colour"),
         ({"train": ["none.jsonl"]}, "none.jsonl"),
         ({"tune": "kl"}, "tune"),
+        (
+            {"train": [{"path": "a.jsonl", "rows": 2}], "held_out": [{"path": "a.jsonl", "skip": 2}]},
+            "train and held_out both name",
+        ),
+        ({"train": [{"path": "a.jsonl", "weight": 2.0}]}, "train has a source with a weight"),
+        ({"held_out": [{"path": "a.jsonl", "rowz": 2}]}, "held_out has no setting rowz"),
         ({"tune_seeds": 10**9}, "tune_seeds is 1000000000"),
         *(({"rates": [0.1, rate]}, "rates") for rate in (math.nan, math.inf, 1e38)),
         *(

@@ -211,6 +211,21 @@ def test_a_control_on_other_data_is_refused(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("form", ["{}", "{}/part-*.jsonl"])
+def test_several_files_are_the_same_data_wherever_they_lie(form: str, tmp_path: Path) -> None:
+    def measured(folder: str, **files: str) -> set[str]:
+        (tmp_path / folder).mkdir()
+        for name, text in files.items():
+            (tmp_path / folder / f"part-{name}.jsonl").write_text(text)
+        data = {"path": form.format(tmp_path / folder), "columns": {"prompt": "question"}}
+        return {*measured_on(measuring({"held_out": [data]}))["held_out"].values()}
+
+    one = measured("one", a="1\n", b="2\n")
+    assert measured("two", a="1\n", b="2\n") == one
+    for number, files in enumerate(({"a": "2\n", "b": "1\n"}, {"a": "1\n", "c": "2\n"}, {"a": "1\n"})):
+        assert measured(f"other{number}", **files) != one
+
+
 def test_a_second_file_may_do_without_the_control(tmp_path: Path) -> None:
     study = study_with(tmp_path / "study", tmp_path / "absent").study
     assert study.control is not None

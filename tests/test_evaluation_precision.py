@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_halos import fit, one_error, pair_data
+import yaml
+from run_halos import ROOT, fit, line_of, one_error, pair_data, small_options
 
+from halos_pl.cli.ablate import Parsers
 from halos_pl.cli.main import main
 from halos_pl.evaluation.arguments import measuring
 from halos_pl.evaluation.compare import differences
+from halos_pl.study.preflight import check
+from halos_pl.study.read import load_study
+from halos_pl.study.spec import StudyError
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +65,41 @@ def test_as_trained_needs_a_run_of_such_a_precision(runs: Path, tiny_folder: Pat
     for model, named in ((runs / "bf16-true", "bf16-true"), (tiny_folder, tiny_folder.name)):
         words = ["evaluate", str(model), f"--held_out={runs / 'pairs.jsonl'}", "--precision=as_trained"]
         assert named in one_error(words, capfd)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+def test_a_study_of_a_precision_that_cannot_be_measured_is_refused_before_its_first_run(
+    precision: str, runs: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    pairs = str(runs / "pairs.jsonl")
+    content = {
+        "configs": [str(ROOT / "experiments/base.yaml")],
+        "options": small_options(tiny_folder, Path(pairs), **{"trainer.precision": precision}),
+        "arms": {"kto": {"objective": "kto"}},
+        "evaluate": {"held_out": [pairs], "precision": "as_trained"},
+        "metrics": ["reward_accuracy"],
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    if precision == "bf16-mixed":
+        assert check(load_study(path), Parsers()).arms
+        return
+    with pytest.raises(StudyError, match=precision) as error:
+        check(load_study(path), Parsers())
+    assert str(error.value).startswith(f"{path}:{line_of(path, 'evaluate:')}: ")
+
+
+def test_a_rule_and_a_judge_compute_in_their_own_precision(runs: Path) -> None:
+    """Whatever the precision of the model's passes."""
+    code = "import torch\ndef {}:\n    x = torch.full((1, 1), 1 + 2.0**-12)\n    return float((x @ x) > 1)\n"
+    (runs / "rule.py").write_text(code.format("exact(answer, row)"))
+    (runs / "judge.py").write_text(code.format("exact(answer, other, row)"))
+    options = ("--precision=as_trained", f"--rule={runs / 'rule.py'}:exact", f"--judge={runs / 'judge.py'}:exact")
+    words = [f"--prompts={runs / 'prompts.txt'}", "--max_new_tokens=4", f"--out={runs / 'exact'}"]
+    main(["evaluate", str(runs / "bf16-mixed"), *words, *options])
+    found = json.loads((runs / "exact/evaluation.json").read_text())
+    assert set(found["rule"].values()) == {1.0}
+    assert set(found["judge"].values()) <= {0.5, 1.0}  # equal answers are a tie
 
 
 def test_a_setting_of_0_is_recorded_and_the_default_precision_is_not() -> None:

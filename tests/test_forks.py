@@ -18,7 +18,7 @@ import torch
 import yaml
 from run_halos import ROOT, UNEQUAL, fit, metrics, pair_data, small_options
 
-from halos_pl.common import spent
+from halos_pl.common import spent, stopping
 from halos_pl.common.import_path import folder_last
 from halos_pl.policy import shared
 from halos_pl.policy.loading import load_base, load_model
@@ -191,6 +191,31 @@ def test_forked_runs_have_the_figures_of_runs_that_start_python(
     for forked, alone in zip(*found.values(), strict=True):
         for name, value in forked.items():
             assert value == alone[name], name
+
+
+def test_a_study_that_waits_for_a_step_says_so_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As where a signal arrives while two steps are timed, on a processor on which a step takes minutes."""
+    said: list[str] = []
+
+    class Slow:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.signals: list[int] = []
+
+        def send_signal(self, number: int) -> None:
+            self.signals.append(number)
+
+        def wait(self) -> int:
+            if not self.signals:
+                raise stopping.Stopped(signal.SIGTERM)
+            said.append(capfd.readouterr().err)
+            return 128 + self.signals[0]
+
+    monkeypatch.setattr(processes.subprocess, "Popen", Slow)
+    with pytest.raises(stopping.Stopped):
+        processes.run_command(["fit"], tmp_path / "log.txt", {})
+    assert "step" in said[0]
 
 
 class Commands:

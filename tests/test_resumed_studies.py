@@ -17,7 +17,8 @@ from tuned_studies import LR, OBJECTIVE, Fakes, faked, maker, pairs
 
 from halos_pl.cli.ablate import Parsers
 from halos_pl.cli.main import main
-from halos_pl.study import processes, report
+from halos_pl.data.source import Source
+from halos_pl.study import gather, processes, report
 from halos_pl.study.preflight import check
 from halos_pl.study.read import load_study
 from halos_pl.study.record_shape import misshapen
@@ -306,6 +307,19 @@ def test_what_an_arm_is_trained_from_is_known_by_content_wherever_it_is(tiny_fol
     assert len({one, content("row"), content("weight")}) == 3
     arms = {"kto": {"objective": f"{OBJECTIVE}/kto.yaml", LR: 1.0, "trainer.gradient_clip_val": 3.0}}
     assert content("setting", arms=arms) != one
+
+
+@pytest.mark.parametrize("settings", [{}, {"split": "test"}])
+def test_rows_have_the_names_of_the_first_machine(settings: dict[str, Any]) -> None:
+    """Those of a file or a saved data set, of a split of one, and of a file of prompts."""
+
+    def rows(folder: str) -> dict[str, dict[str, float]]:
+        source = Source(f"{folder}/data", **settings)
+        names = [f"{source.label}{source.before_line}{line}#chosen" for line in (1, 12)]
+        return {"reward_accuracy": dict.fromkeys(names, 1.0), "rule": {f"{folder}.txt:3": 0.5}}
+
+    moved = {"there/data": "here/data", "elsewhere/there.txt": "here.txt"}
+    assert gather._renamed(rows("there"), moved) == rows("here")
 
 
 @pytest.mark.slow

@@ -335,3 +335,21 @@ def test_a_tuning_that_cannot_work_is_refused_before_the_first_run(make: Any, tm
     _refused(path, "arm 'kto'", "rate")
     arms = {"a": {"objective": f"{OBJECTIVE}/kto.yaml"}, "b": {"objective": f"{OBJECTIVE}/kto.yaml", "tune": [1e-3, 1]}}
     _refused(make(arms=arms), "'b lr=0.001'", "'a lr=0.001'")  # both may choose the same
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("values", "said"), [([-1e-3, 1e-3], "-0.001"), ([0, 1e-3], "lr=0"), (["0.0", 1e-3], "lr=0.0")]
+)
+def test_a_rate_that_cannot_train_is_refused_before_the_first_run(make: Any, values: list[Any], said: str) -> None:
+    _refused(make(arms={"kto": {"objective": f"{OBJECTIVE}/kto.yaml"}}, tune={"values": values}), "'kto'", said)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_fit_refuses_before_it_reads_data_is_refused_for_each_arm(make: Any) -> None:
+    for option, value, said in ((LR, -1.0, "-1"), ("model.optimizer.init_args.betas", [2.0, 0.9], "beta")):
+        arms = {
+            "kto": {"objective": f"{OBJECTIVE}/kto.yaml"},
+            "bad": {"objective": f"{OBJECTIVE}/kto.yaml", option: value},
+        }
+        _refused(make(arms=arms, tune=None), "'bad'", said)

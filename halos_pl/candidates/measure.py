@@ -114,7 +114,7 @@ def prepare(sweep: Sweep, read: Preferences) -> Data:
         ValueError: training and held-out data overlap where they must not, or do not where they must, or a seed cannot
             draw its votes.
     """
-    files = tuple(source.place("") for source in sources_of("test", list(sweep.train)))
+    files = tuple(f"{source.label}{source.before_line}" for source in sources_of("test", list(sweep.train)))
     numbers = range(len(read.pairs))
     train = [i for i in numbers if read.names[i].startswith(files)]
     held_out = sorted({*numbers} - {*train})

@@ -58,11 +58,11 @@ def _draw(path: Path, figure: Figure) -> None:
 
 def status_lines(spec: Sweep, values: Values) -> Iterator[str]:
     """How far each round is."""
-    done, tuned = values.seeds(), values.curves()
+    done, tuned = values.rounds(), values.curves()
     rates = sum(len(tuned.get(cell, {})) == len(spec.rates) for cell in done)
     yield f"learning rates of {rates} of {counted(len(done), 'cell')}"
     for seeds in spec.rounds:
-        fitted = sum({*seeds} <= {*of_cell} for of_cell in done.values())
+        fitted = sum(seeds in of_cell for of_cell in done.values())
         yield f"seeds {seeds[0]} to {seeds[-1]}: {fitted} of {counted(len(done), 'cell')}"
 
 

@@ -20,6 +20,7 @@ from halos_pl.candidates.states import Precision
 from halos_pl.common.experiments import config_file, objectives, shipped_paths
 from halos_pl.common.messages import cause
 from halos_pl.common.yaml_files import Lines, read_yaml
+from halos_pl.data.sources import sources_of
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.halo import Objective
 from halos_pl.policy.loading import ModelSpec
@@ -156,6 +157,7 @@ class Sweep:
             yield "held_out", "held_out is empty; name feedback to choose rates and to measure on"
         if self.baseline is not None and self.baseline not in self.arms:
             yield "baseline", f"baseline {self.baseline!r} is not an arm; the arms are {', '.join(self.arms)}"
+        yield from self._faults_of_data()
         for name, values in self.axes.items():
             if not isinstance(values, list) or not values:
                 yield "axes", f"{name} is {values!r}; it must be a list of values"
@@ -163,6 +165,24 @@ class Sweep:
                 yield "axes", f"{name} is {values!r}; its values must be numbers, texts, true or false"
             elif len(set(values)) < len(values):
                 yield "axes", f"{name} is {values!r}; write each value once"
+
+    def _faults_of_data(self) -> Iterator[tuple[str, str]]:
+        named: set[str] = set()
+        for name in ("train", "held_out"):
+            given = getattr(self, name)
+            if any(isinstance(item, dict) and item.get("weight", 1) != 1 for item in given):
+                yield name, f"{name} has a source with a weight, but each seed draws its votes alike; remove weight"
+            try:
+                labels = {source.label for source in sources_of("test", list(given))}
+            except ValueError as error:
+                yield name, str(error).replace("data.test", name)
+                continue
+            if both := sorted(labels & named):
+                yield (
+                    name,
+                    f"train and held_out both name {', '.join(both)}; write the rows of each into their own file",
+                )
+            named |= labels
 
     @property
     def free(self) -> bool:

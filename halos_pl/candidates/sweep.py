@@ -61,8 +61,8 @@ def sweep(study: Path, folder: Path) -> Path:
     claim(spec, built, study, folder, {**_record(read, data), **made})
     values = Values(spec, folder)
     rates = _tuned(spec, built, data, values)
-    done = values.seeds()
-    work = [(cell, seeds) for seeds in spec.rounds for cell in spec.cells if not {*seeds} <= {*done[cell]}]
+    done = values.rounds()
+    work = [(cell, seeds) for seeds in spec.rounds for cell in spec.cells if seeds not in done[cell]]
     with Progress(len(spec.rounds) * len(spec.cells), "fitting", done=len(spec.rounds) * len(done) - len(work)) as bar:
         for cell, seeds in work:
             _round(spec, built[cell], data, values, cell, seeds, rates[cell])
@@ -135,10 +135,10 @@ def _round(
     fitted = _fit(spec, objective, data, cell, seeds, [rate])
     seconds = time.perf_counter() - began
     theta: Tensor = fitted.theta[0]
-    if not bool(theta.isfinite().all()):
-        raise StudyError(f"{_name(spec, cell)}: parameters are not finite at the rate {rate:g}; lower the rates")
     parts = [data.report(some) for some in theta.split(16)]
     metrics = {name: torch.cat([part[name] for part in parts]) for name in METRICS}
+    if not all(bool(each.isfinite().all()) for each in (theta, *metrics.values())):
+        raise StudyError(f"{_name(spec, cell)}: parameters are not finite at the rate {rate:g}; lower the rates")
     columns = [metrics[name].mean(1).tolist() for name in METRICS]
     lines = [*zip(*columns, fitted.loss[0].tolist(), strict=True)]
     values.add_seeds(cell, seeds, lines, metrics[spec.primary].mean(0).tolist(), seconds)

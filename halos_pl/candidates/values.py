@@ -3,7 +3,7 @@
 ``values.csv.gz`` has a line per cell and seed; ``prompts.csv.gz`` a line per cell and round, with the primary metric of
 each prompt, averaged over the round's seeds; ``rates.csv.gz`` a line per cell and learning rate; ``record.json`` the
 settings, the prompts and the machine. Each piece of work is appended as one gzip member in a single write, so that an
-interrupted sweep loses at most one piece.
+interrupted sweep loses at most one piece. Only what adds to a table cuts off the rest of a lost one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from halos_pl.candidates.read import Preferences
 from halos_pl.candidates.spec import Cell, Sweep, settings_of
 from halos_pl.common.files import write
 from halos_pl.objective.halo import Objective
+from halos_pl.study.record_shape import ANY, NUMBER, TEXT, fault_in
 from halos_pl.study.spec import StudyError
 
 VALUES, PROMPTS, RATES, RECORD, STUDY = (
@@ -42,38 +43,64 @@ class Table:
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        self.path, self.columns = path, list(columns)
+        self.path, self.columns, self._cut = path, list(columns), False
 
-    def lines(self) -> Iterator[dict[str, str]]:
-        """The lines of all whole pieces; cuts off a piece that is not whole.
+    def _whole(self) -> tuple[str, int]:
+        """The text of all whole pieces, and the number of their bytes.
 
         Raises:
-            StudyError: the columns are others.
+            StudyError: a piece is damaged.
         """
-        if not self.path.is_file():
-            return
-        packed = self.path.read_bytes()
-        text, rest = io.StringIO(), packed
+        packed = self.path.read_bytes() if self.path.is_file() else b""
+        text, rest = [], packed
         while rest:
             member = zlib.decompressobj(zlib.MAX_WBITS | 16)
             try:
-                piece = member.decompress(rest)
-            except zlib.error as error:
+                piece = member.decompress(rest).decode()
+            except (zlib.error, UnicodeDecodeError) as error:
                 raise StudyError(f"{self.path} is damaged ({error}); restore it, or name another --out") from error
             if not member.eof:
-                os.truncate(self.path, len(packed) - len(rest))
                 break
-            text.write(piece.decode())
+            text.append(piece)
             rest = member.unused_data
-        reader = csv.DictReader(io.StringIO(text.getvalue()))
+        return "".join(text), len(packed) - len(rest)
+
+    def lines(self) -> Iterator[dict[str, str]]:
+        """The lines of all whole pieces.
+
+        Raises:
+            StudyError: the columns are others, or a piece is damaged.
+        """
+        reader = csv.DictReader(io.StringIO(self._whole()[0]))
         if reader.fieldnames is not None and list(reader.fieldnames) != self.columns:
             raise StudyError(f"{self.path} has the columns {', '.join(reader.fieldnames)}; name another --out")
         yield from reader
+
+    def numbers(self, line: Mapping[str, str], *columns: str, finite: bool = True) -> list[float]:
+        """The numbers in some columns of a line; a cell may have several.
+
+        Raises:
+            StudyError: one is no number or, if they must be ``finite``, not finite.
+        """
+        texts = [text for column in columns for text in str(line[column]).split()]
+        try:
+            found = [float(text) for text in texts]
+        except ValueError:
+            found = []
+        if len(found) < len(columns) or (finite and not all(map(math.isfinite, found))):
+            cells = ", ".join(map(str, line.values()))
+            raise StudyError(f"{self.path} is damaged in the line {cells:.90}; restore it, or name another --out")
+        return found
 
     def append(self, lines: Sequence[Sequence[Any]]) -> None:
         """Adds a piece."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
+        if not self._cut:
+            _, whole = self._whole()
+            if self.path.is_file():
+                os.truncate(self.path, whole)
+            self._cut = True
         if not self.path.is_file() or not self.path.stat().st_size:
             writer.writerow(self.columns)
         writer.writerows([f"{value:.5g}" if isinstance(value, float) else value for value in line] for line in lines)
@@ -102,11 +129,12 @@ class Values:
         return self._cells.get(tuple(line.values())[: self._width])
 
     def seeds(self) -> dict[Cell, dict[int, dict[str, float]]]:
-        """Metrics and the training loss by cell and seed."""
+        """``METRICS`` by cell and seed."""
         found: dict[Cell, dict[int, dict[str, float]]] = {cell: {} for cell in self.sweep.cells}
         for line in self.values.lines():
             if (cell := self._of(line)) is not None:
-                found[cell][int(line["seed"])] = {name: float(line[name]) for name in (*METRICS, "loss")}
+                seed, *figures = self.values.numbers(line, "seed", *METRICS)
+                found[cell][int(seed)] = dict(zip(METRICS, figures, strict=True))
         return found
 
     def curves(self) -> dict[Cell, dict[float, float]]:
@@ -114,7 +142,8 @@ class Values:
         found: dict[Cell, dict[float, float]] = {}
         for line in self.rates.lines():
             if (cell := self._of(line)) is not None:
-                found.setdefault(cell, {})[float(line["rate"])] = float(line["figure"])
+                rate, figure = self.rates.numbers(line, "rate", "figure", finite=False)
+                found.setdefault(cell, {})[rate] = figure
         return found
 
     def of_prompts(self) -> dict[Cell, dict[int, tuple[int, float, list[float]]]]:
@@ -122,9 +151,21 @@ class Values:
         found: dict[Cell, dict[int, tuple[int, float, list[float]]]] = {cell: {} for cell in self.sweep.cells}
         for line in self.prompts.lines():
             if (cell := self._of(line)) is not None and line["metric"] == self.sweep.primary:
-                means = [float(mean) for mean in line["means"].split()]
-                found[cell][int(line["first_seed"])] = int(line["seeds"]), float(line["seconds"]), means
+                first, seeds, seconds, *means = self.prompts.numbers(line, "first_seed", "seeds", "seconds", "means")
+                found[cell][int(first)] = int(seeds), seconds, means
         return found
+
+    def rounds(self) -> dict[Cell, list[range]]:
+        """The rounds of seeds that each cell has in both tables."""
+        by_seed, by_prompt = self.seeds(), self.of_prompts()
+        return {
+            cell: [
+                seeds
+                for seeds in self.sweep.rounds
+                if {*seeds} <= done.keys() and by_prompt[cell].get(seeds[0], (0,))[0] >= len(seeds)
+            ]
+            for cell, done in by_seed.items()
+        }
 
     def add_rates(self, cell: Cell, figures: Sequence[float]) -> None:
         """Adds what chose a cell's learning rate."""
@@ -156,17 +197,38 @@ def digest(read: Preferences) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+#: What is read of ``record.json``.
+_SHAPE: dict[str, Any] = {
+    "settings": {"*": ANY},
+    "data": TEXT,
+    "training": dict.fromkeys(("preferences", "prompts", "completions", "parameters"), NUMBER),
+    "tuning_prompts": NUMBER,
+    "prompts": [TEXT],
+    "tokens": NUMBER,
+    "date": TEXT,
+    "threads": NUMBER,
+    "machine": TEXT,
+    "versions": {"torch": TEXT},
+    "halos_pl": TEXT,
+}
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """The content of ``record.json``.
 
     Raises:
-        StudyError: there is none.
+        StudyError: there is none, or it is damaged.
     """
+    path = folder / RECORD
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise StudyError(f"{folder} has no {RECORD}; it is not the folder of a sweep") from error
-    return record
+    except ValueError as error:
+        raise StudyError(f"{path} is damaged ({error}); restore it, or name another --out") from error
+    if fault := fault_in(record, _SHAPE, whole=True):
+        raise StudyError(f"{path} is damaged: {fault}; restore it, or name another --out")
+    return dict(record)
 
 
 def _refuse_others(folder: Path, before: Mapping[str, Any], settings: Mapping[str, Any], data: str) -> None:
@@ -204,6 +266,9 @@ def claim(sweep: Sweep, built: Mapping[Cell, Objective], source: Path, folder: P
     has_values = any((folder / name).is_file() for name in (VALUES, PROMPTS, RATES))
     if (folder / RECORD).is_file() and has_values:
         _refuse_others(folder, read_record(folder), settings, record["data"])
+        most = max((1 + seed for seeds in Values(sweep, folder).seeds().values() for seed in seeds), default=0)
+        if most > sweep.seeds:
+            raise StudyError(f"{folder} has values for {most} seeds, not {sweep.seeds}; name another folder with --out")
     elif folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
         raise StudyError(f"{folder} is not empty and is not the folder of a sweep; name another folder with --out")
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from halos_pl.cli.errors import UsageError, quiet_imports
 from halos_pl.common.experiments import is_shipped, objectives
 from halos_pl.common.yaml_files import read_yaml
 from halos_pl.conformance.target import TargetError, one_line
-from halos_pl.objective.build import build_objective
+from halos_pl.objective.build import OF_THE_OBJECTIVE
 
 
 def refuse_as_fit(target: str) -> None:
@@ -46,11 +45,12 @@ def refuse_as_fit(target: str) -> None:
 
 def _beside_the_objective(content: Mapping[str, Any]) -> dict[str, str]:
     """What a config says beside its objective, by section and key."""
-    names = inspect.signature(build_objective).parameters
     said: dict[str, str] = {}
     for section, settings in content.items():
         if not isinstance(settings, dict):
             said[str(section)] = repr(settings)
             continue
-        said |= {f"{section}.{k}": repr(v) for k, v in settings.items() if section != "model" or k not in names}
+        said |= {
+            f"{section}.{k}": repr(v) for k, v in settings.items() if section != "model" or k not in OF_THE_OBJECTIVE
+        }
     return said

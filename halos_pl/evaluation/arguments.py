@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -92,7 +93,10 @@ def paths_of(sources: Iterable[Any]) -> list[str]:
 
 
 def digest_of(path: str) -> str:
-    """Half of the SHA-256 of a file, or of the names and digests of the files in a folder or pattern."""
+    """Half of the SHA-256 of a file, or of the names and digests of the files in a folder or pattern.
+
+    The names are those below the innermost folder of all of them, so that a copy elsewhere has the same digest.
+    """
     paths = [Path(source.path) for source in files_of(Source(path))]
     return _digest(sorted(f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file()))
 
@@ -103,7 +107,8 @@ def _digest(files: list[Path]) -> str:
         with file.open("rb") as content:
             digests.append(hashlib.file_digest(content, "sha256").hexdigest())
     if len(files) > 1:
-        named = [[str(file), digest] for file, digest in zip(files, digests, strict=True)]
+        folder = os.path.commonpath([file.parent for file in files])
+        named = [[file.relative_to(folder).as_posix(), digest] for file, digest in zip(files, digests, strict=True)]
         digests = [hashlib.sha256(json.dumps(named).encode()).hexdigest()]
     return digests[0][:32] if digests else NO_FILE
 

@@ -156,7 +156,6 @@ def evaluate(
     if judge and not compared and not named.run:
         raise DataError(f"--judge needs a reference to compare with, as {model} is not a run; set --reference")
     used = precision_of(named, precision)
-    passes = computing_in(used)
     folder = output_folder(named, out, inputs_of(model, arguments), win_rates)
     connection = win_rates.connect(folder) if win_rates else None
     how = measuring(arguments) | {"precision": used, "by": provenance()}  # hash the files before they are read
@@ -207,14 +206,13 @@ def evaluate(
     values: dict[str, dict[str, float]] = {}
     before: dict[str, dict[str, float]] = {}
     has_reference = True
-    if data or rows:
-        task = Task(data, beta, rows, functions, sampling, win_rates, connection, opponent)
-        with passes():
+    with computing_in(used):
+        if data or rows:
+            task = Task(data, beta, rows, functions, sampling, win_rates, connection, opponent)
             values, before, has_reference = measure(named, compared, task, folder)
-    if prepared:
-        with passes():
+        if prepared:
             scores, scores_before = prepared.measure(folder / BENCHMARKS, folder / BENCHMARKS_BEFORE)
-        values, before = values | scores, before | scores_before
+            values, before = values | scores, before | scores_before
     # Files from an earlier evaluation would pass for this one's.
     judged = win_rates is not None
     files = ((FILE, False), (ROWS, data is not None), (ANSWERS, bool(rows)), (WIN_RATE, judged), (VERDICTS, judged))

@@ -49,8 +49,12 @@ def measured_how(run: Path) -> dict[str, Any]:
     return how
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, cure: str = "run halos evaluate again") -> dict[str, Any]:
     """The JSON object in one of the files.
+
+    Args:
+        path: the file.
+        cure: what to do if it is damaged.
 
     Raises:
         DataError: if there is none; names the file.
@@ -58,9 +62,9 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error}); run halos evaluate again") from error
+        raise DataError(f"{path} is damaged ({error}); {cure}") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} is damaged (no object, but {type(content).__name__}); run halos evaluate again")
+        raise DataError(f"{path} is damaged (no object, but {type(content).__name__}); {cure}")
     return content
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from halos_pl.data.example import DataError, Prompt
+from halos_pl.evaluation.precision import computing_in
 from halos_pl.objective.build import module_of_file
 
 #: The parameters of each kind, and their older form without the row.
@@ -68,7 +69,7 @@ class Judged:
     older: bool
 
     def __call__(self, row: Row, answer: str, other: str = "") -> float:
-        """The verdict, from 0 to 1.
+        """The verdict, from 0 to 1. A function that computes with torch does so in its own precision.
 
         Raises:
             DataError: naming the row, if the function fails, exits or returns anything else.
@@ -78,7 +79,8 @@ class Judged:
         if self.older:
             arguments = (row.text, *answers) if self.kind == "judge" else (answer, row.finished)
         try:
-            verdict = self.function(*answers, row=row) if self.by_name else self.function(*arguments)
+            with computing_in("32-true"):
+                verdict = self.function(*answers, row=row) if self.by_name else self.function(*arguments)
         except (Exception, SystemExit) as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
             why = " ".join(f"{type(error).__name__}: {error}".split())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -12,6 +11,11 @@ from halos_pl.training.named_model import NamedModel
 
 #: The Trainer's names of the precisions that an evaluation can have.
 _NAMES = {"None": "32-true", "32": "32-true", "32-true": "32-true", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
+
+
+def trained_in(precision: object) -> str | None:
+    """``32-true`` or ``bf16-mixed`` for a run's ``trainer.precision``; None for another one."""
+    return _NAMES.get(str(precision))
 
 
 def precision_of(model: NamedModel, wanted: str | None) -> str:
@@ -30,7 +34,7 @@ def precision_of(model: NamedModel, wanted: str | None) -> str:
         raise DataError(
             f"--precision as_trained: {model.name} is not the folder of a run; choose 32-true or bf16-mixed"
         )
-    if (name := _NAMES.get(str(model.precision))) is None:
+    if (name := trained_in(model.precision)) is None:
         raise DataError(
             f"--precision as_trained: the run {model.name} was trained in {model.precision}, in which it cannot be"
             " measured; choose 32-true or bf16-mixed"
@@ -38,9 +42,7 @@ def precision_of(model: NamedModel, wanted: str | None) -> str:
     return name
 
 
-def computing_in(precision: str) -> Callable[[], AbstractContextManager[object]]:
-    """Makes context managers whose passes have this precision."""
-    if precision == "32-true":
-        return nullcontext
+def computing_in(precision: str) -> AbstractContextManager[object]:
+    """A context in which passes have this precision."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return lambda: torch.autocast(device, torch.bfloat16)
+    return torch.autocast(device, torch.bfloat16, enabled=precision != "32-true")

@@ -115,7 +115,9 @@ def build_objective(
     return terms[0] if len(terms) == 1 else Sum(terms)
 
 
-#: Keys of a file's ``model`` section beside those of an objective: the other settings of ``HALOModule``.
+#: Keys of a file's ``model`` section that make its objective.
+OF_THE_OBJECTIVE = inspect.signature(build_objective).parameters.keys()
+#: Its other keys: the other settings of ``HALOModule``.
 NOT_OF_THE_OBJECTIVE = (
     "policy",
     "reference_model",
@@ -157,10 +159,9 @@ def load_objective(path: str | Path, changes: Mapping[str, Any] | None = None) -
     if not isinstance(content.get("model"), dict):
         raise ValueError(f"{path} is not an objective file: it has no model section that names plug-ins")
     _check_keys(path, content, lines)
-    names = inspect.signature(build_objective).parameters
-    parts: dict[str, Any] = {name: value for name, value in content["model"].items() if name in names}
+    parts: dict[str, Any] = {name: value for name, value in content["model"].items() if name in OF_THE_OBJECTIVE}
     for key, value in (changes or {}).items():
-        _change(parts, key, value, names)
+        _change(parts, key, value)
     try:
         if not is_shipped(path):
             import_own(parts, PARTS.values())
@@ -175,15 +176,15 @@ def load_objective(path: str | Path, changes: Mapping[str, Any] | None = None) -
         raise ValueError(f"{path}: {error}") from error
 
 
-def _change(parts: dict[str, Any], key: str, value: Any, names: Iterable[str]) -> None:
+def _change(parts: dict[str, Any], key: str, value: Any) -> None:
     """Replaces a value by its dotted key.
 
     Raises:
         ValueError: the objective has no such setting.
     """
     *outer, last = key.split(".")
-    if (first := key.partition(".")[0]) not in names:
-        raise ValueError(f"an objective has no setting {key}{_meant(first, names)}")
+    if (first := key.partition(".")[0]) not in OF_THE_OBJECTIVE:
+        raise ValueError(f"an objective has no setting {key}{_meant(first, OF_THE_OBJECTIVE)}")
     for name in outer:
         if not isinstance(parts.get(name), dict):
             raise ValueError(f"{key} cannot be changed: the objective's file has no mapping {name}")
@@ -198,8 +199,7 @@ def _check_keys(path: str | Path, content: dict[str, Any], lines: Lines) -> None
     Raises:
         ValueError: names file, line and key.
     """
-    names = inspect.signature(build_objective).parameters
-    known = (*names, *NOT_OF_THE_OBJECTIVE)
+    known = (*OF_THE_OBJECTIVE, *NOT_OF_THE_OBJECTIVE)
     places: list[tuple[str, ...]] = [(_written(key),) for key in content]
     places += [("model", _written(key)) for key in content["model"]]
     for place in places:
@@ -216,7 +216,7 @@ def _check_keys(path: str | Path, content: dict[str, Any], lines: Lines) -> None
             raise ValueError(f"{file}: {written} is now model.{new}{_was(new, content['model'].get(setting))}")
         if name not in known:
             raise ValueError(f"{file}: model has no setting {setting}{_meant(setting, known)}")
-        if name in names and (dot or len(place) == 1):
+        if name in OF_THE_OBJECTIVE and (dot or len(place) == 1):
             raise ValueError(f"{file}: {place[-1]} is a dotted key; nest it, with a line for each of its names")
 
 

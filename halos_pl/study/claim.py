@@ -12,7 +12,7 @@ from halos_pl.study.adopt import by_content
 from halos_pl.study.earlier import Earlier
 from halos_pl.study.preflight import Checked
 from halos_pl.study.spec import Study, StudyError
-from halos_pl.study.state import BY_CONTENT, OVERRIDES, PLAN, STUDY
+from halos_pl.study.state import BY_CONTENT, OVERRIDES, PLAN, STUDY, read_plan
 
 
 def claim(study: Study, out: Path, checked: Checked, weak: str | None = None, earlier: Earlier | None = None) -> None:
@@ -42,9 +42,7 @@ def claim(study: Study, out: Path, checked: Checked, weak: str | None = None, ea
     # A metric chosen later may be the one with the best result.
     if earlier is not None and any(earlier.figures(run) for run in study.possible_runs(out) if not run.trial):
         plan |= {"primary": earlier.record.get("primary"), "anyway": weak or earlier.record.get("anyway")}
-    file = out / PLAN
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
+    if before := read_plan(out):
         _check_same(study, out, plan, before)
         plan["digests"] = {**before["digests"], **plan["digests"]}
         contents = plan[BY_CONTENT]
@@ -55,7 +53,7 @@ def claim(study: Study, out: Path, checked: Checked, weak: str | None = None, ea
     elif out.is_dir() and any(out.iterdir()):
         raise StudyError(f"{out} is not empty and is not a study's folder; name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
-    write(file, json.dumps(plan, indent=2) + "\n")
+    write(out / PLAN, json.dumps(plan, indent=2) + "\n")
     for name, source in ((STUDY, study.path), (OVERRIDES, study.overrides)):
         if source is not None:
             write(out / name, source.read_text(encoding="utf-8"))

@@ -14,10 +14,13 @@ import yaml
 from halos_pl.evaluation.files import FILE, measured_how, trained_on
 from halos_pl.evaluation.metrics import BY_JUDGE
 from halos_pl.run_dir import CONFIG, SUMMARY, shortfall
+from halos_pl.study.record_shape import NUMBER
 from halos_pl.study.spec import Run, Study
+from halos_pl.study.state import read_part
 
 #: Values by metric and example.
 Metrics = dict[str, dict[str, float]]
+METRICS = {"*": {"*": NUMBER}}  #: their shape in a file
 #: Parts of the record of an evaluation that may differ between runs.
 NOT_THE_SAME = ("by", "step", "seconds")
 #: Settings that differ from run to run: its seed and its folder.
@@ -40,9 +43,7 @@ def comparable(runs: Iterable[Run], needed: Sequence[str]) -> tuple[dict[Run, Me
         runs: runs of a study that are measured in the same way.
         needed: metrics that all runs must have on the same examples.
     """
-    measured: dict[Run, Metrics] = {
-        run: json.loads((run.folder / FILE).read_text(encoding="utf-8")) for run in runs if run.measured
-    }
+    measured: dict[Run, Metrics] = {run: read_part(run.folder / FILE, METRICS) for run in runs if run.measured}
     faults = _faults(measured, needed)
     return {run: metrics for run, metrics in measured.items() if run not in faults}, faults
 
@@ -50,8 +51,7 @@ def comparable(runs: Iterable[Run], needed: Sequence[str]) -> tuple[dict[Run, Me
 def summary(run: Run) -> dict[str, Any]:
     """The summary of a run's training; empty if there is none."""
     path = run.folder / SUMMARY
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
+    return read_part(path, {}) if path.is_file() else {}
 
 
 def config_of(run: Run) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from halos_pl.common.experiments import shipped_name
 from halos_pl.conformance.check import reports
 from halos_pl.evaluation.files import measured_how
 from halos_pl.evaluation.metrics import BY_JUDGE
+from halos_pl.objective.build import OF_THE_OBJECTIVE
 from halos_pl.objective.halo import HALO
 from halos_pl.run_dir import CONFIG
 from halos_pl.study.choice import choices
@@ -25,7 +26,7 @@ from halos_pl.study.earlier import Earlier, read_earlier
 from halos_pl.study.finished import config_of, finished, summary
 from halos_pl.study.recorded import AMOUNTS, Figures, Key, Recorded
 from halos_pl.study.spec import Run, Study
-from halos_pl.study.state import BY_CONTENT, PLAN, failure, state
+from halos_pl.study.state import BY_CONTENT, failure, read_plan, state
 from halos_pl.study.trivial import STARTS, baselines, by_length, held_out_records, names_of, starts_of
 from halos_pl.study.tuning import tuning_in
 from halos_pl.training.module import HALOModule
@@ -78,7 +79,7 @@ def _moved(earlier: Earlier, out: Path) -> dict[str, str]:
     if not earlier.record:
         return {}
     then = {digest: path for path, digest in earlier.record[BY_CONTENT]["files"].items()}
-    now: dict[str, str] = _plan(out)[BY_CONTENT]["files"]
+    now: dict[str, str] = read_plan(out)[BY_CONTENT]["files"]
     recorded = set(earlier.record[BY_CONTENT]["files"])  # two files may have the same content
     return {path: then[digest] for path, digest in now.items() if path not in recorded and digest in then}
 
@@ -87,7 +88,8 @@ def _renamed(figures: Figures, moved: Mapping[str, str]) -> Figures:
     """The values with the names that examples of files have in the record."""
     if not moved:
         return figures
-    names = {f"{path}:": f"{then}:" for path, then in moved.items()}
+    # A row is named FILE:LINE, or FOLDER[SPLIT]:LINE.
+    names = {f"{path}{mark}": f"{then}{mark}" for path, then in moved.items() for mark in ":["}
     names |= {f"{Path(path).name}:": f"{Path(then).name}:" for path, then in moved.items()}  # those of prompts
 
     def name(example: str) -> str:
@@ -167,17 +169,10 @@ def describe(study: Study, out: Path) -> Recorded:
     return Recorded(values, record, tuning.means)
 
 
-#: Settings of ``model`` that are no part of its objective.
-NO_PART = (
-    *("policy", "optimizer", "lr_schedule", "warmup_ratio", "master_weights"),
-    *("reference_store", "micro_batch_rows", "prefix_sharing"),
-)
-
-
 def _objective(run: Run) -> str:
     """The settings of a run's objective, as JSON."""
     model = config_of(run).get("model") or {}
-    return json.dumps({key: value for key, value in model.items() if key not in NO_PART}, sort_keys=True, default=str)
+    return json.dumps({key: model[key] for key in sorted(OF_THE_OBJECTIVE & model.keys())}, sort_keys=True, default=str)
 
 
 def _training(run: Run, module: HALOModule | None) -> dict[str, dict[str, float]]:
@@ -223,15 +218,9 @@ def _value_curve(halo: HALO, runs: list[Figures]) -> dict[str, float]:
     return {repr(u): y for u, y in zip(grid.tolist(), v.tolist(), strict=True) if math.isfinite(y)}
 
 
-def _plan(out: Path) -> dict[str, Any]:
-    """The plan of a study; empty if there is none."""
-    plan: dict[str, Any] = json.loads((out / PLAN).read_text(encoding="utf-8")) if (out / PLAN).is_file() else {}
-    return plan
-
-
 def _record(study: Study, out: Path, ended: list[Run], earlier: Earlier) -> dict[str, Any]:
     """The contents of a report besides numbers; ``ended`` are the runs that are used, tuning runs included."""
-    plan = _plan(out)
+    plan = read_plan(out)
     own = [run for run in ended if not earlier.has(run)]
     starts = starts_of([run for run in own if not run.trial], earlier)
     # All runs are measured on the same data.

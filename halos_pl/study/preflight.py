@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import yaml
 
 from halos_pl.data.example import DataError
@@ -25,6 +26,7 @@ from halos_pl.evaluation.arguments import check_arguments, measuring
 from halos_pl.evaluation.evaluate import ARGUMENTS
 from halos_pl.evaluation.judging import judged_by
 from halos_pl.evaluation.metrics import CODE, metric_of
+from halos_pl.evaluation.precision import trained_in
 from halos_pl.evaluation.win_rates import win_rates_of
 from halos_pl.policy.spec import ModelError
 from halos_pl.study.apart import check_apart
@@ -38,6 +40,7 @@ from halos_pl.tasks.options import benchmarks_of
 from halos_pl.training.ending import epoch_steps, fit_steps
 from halos_pl.training.monitors import check_monitors
 from halos_pl.training.named_model import NamedModel
+from halos_pl.training.optim import make_optimizer
 
 #: Devices that every machine has, since those of a cluster's nodes are unknown.
 PLACEMENT = {
@@ -56,7 +59,10 @@ class CommandLine(Protocol):
         """Errors that a user can fix."""
 
     def fit(self, words: list[str]) -> Any:
-        """A LightningCLI with ``config``, ``parser``, ``trainer``, ``model`` and ``datamodule`` of ``halos fit``."""
+        """A LightningCLI with ``config``, ``parser``, ``trainer``, ``model`` and ``datamodule`` of ``halos fit``.
+
+        Its ``before_fit`` refuses what cannot work with any data.
+        """
 
     def evaluate(self, words: list[str]) -> Mapping[str, Any]:
         """The arguments of ``halos evaluate``, by name."""
@@ -138,12 +144,8 @@ def check(study: Study, line: CommandLine) -> Checked:
             trained_on.append((arm.name, cli.datamodule.sources["train"]))
             precisions.setdefault(str(cli.trainer.precision), arm.name)
             first = first or cli
-        if arguments["precision"] == "as_trained" and len(precisions) > 1:
-            some = ", ".join(f"{precision} ({arm!r})" for precision, arm in precisions.items())
-            raise StudyError(
-                f"{study.places['evaluate']}: evaluate.precision is as_trained, but the arms are trained in {some};"
-                " choose one precision for all"
-            )
+        if arguments["precision"] == "as_trained":
+            _check_as_trained(study, precisions)
         held_out = check_held_out(study, arguments, first.model.tokenizer, first.datamodule)
         if validating is not None:
             check_held_out(study.validation, validating, first.model.tokenizer, first.datamodule)
@@ -156,6 +158,20 @@ def check(study: Study, line: CommandLine) -> Checked:
     unit = metric_of(study.primary).unit
     examples = {"prompts": prompts, "questions": questions}.get(unit, held_out)
     return Checked(arms, examples, how, None if validating is None else measuring(validating), lacking)
+
+
+def _check_as_trained(study: Study, arms: Mapping[str, str]) -> None:
+    """Refuses arms that could not all be measured in the precision of their training; ``arms`` has one of each."""
+    place = f"{study.places['evaluate']}: evaluate.precision is as_trained, but"
+    for precision, arm in arms.items():
+        if trained_in(precision) is None:
+            raise StudyError(
+                f"{place} arm {arm!r} is trained in {precision}, in which it cannot be measured; choose 32-true or"
+                " bf16-mixed"
+            )
+    if len(arms) > 1:
+        some = ", ".join(f"{precision} ({arm!r})" for precision, arm in arms.items())
+        raise StudyError(f"{place} the arms are trained in {some}; choose one precision for all")
 
 
 def _check_benchmarks(study: Study, arguments: Mapping[str, Any], first: Any) -> int:
@@ -213,6 +229,8 @@ def _check_arm(study: Study, arm: Arm, line: CommandLine, known: dict[str, str])
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
             cli = line.fit(words)
+            if study.cluster is None:  # whose nodes may have other devices
+                cli.before_fit()
             config = cli.config.clone()
             config.run_dir, config.seed_everything = "", 0
             config.trainer.default_root_dir = None
@@ -229,9 +247,20 @@ def _check_arm(study: Study, arm: Arm, line: CommandLine, known: dict[str, str])
         raise StudyError(f"{place}: {type(error).__name__}: {error}") from error
     if cli.model.objective.needs.scalar:
         raise StudyError(f"{place}: it trains a reward model, which writes no answers to measure; use halos fit")
+    if study.tune is not None and _stands_still(cli.model):
+        raise StudyError(
+            f"{study.places['tune']}: tune: with {arm.candidate}, {arm.name!r} has a learning rate of 0, which trains"
+            " nothing; remove the value"
+        )
     resolved = dumped + repr(data) + "".join(map(repr, filter(None, (placed, code))))
     whole = hashlib.sha256(resolved.encode()).hexdigest()
     return cli, CheckedArm(steps, whole, digest([content, data, placed, code]))
+
+
+def _stands_still(module: Any) -> bool:
+    """Whether a module's learning rate is 0."""
+    optimizer = make_optimizer(module.make_optimizer, [torch.nn.Parameter(torch.zeros(64, 64))])
+    return all(group.get("lr") == 0 for group in optimizer.param_groups)
 
 
 def _steps(cli: Any) -> int:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class _Children:
         try:
             return process.wait()
         except BaseException:
-            self._terminate(process)
+            self._stop([process])
             process.wait()
             raise
         finally:
@@ -65,9 +65,13 @@ class _Children:
                 self._running.discard(process)
 
     @staticmethod
-    def _terminate(process: subprocess.Popen[bytes] | Forked) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
+    def _stop(running: Collection[subprocess.Popen[bytes] | Forked]) -> None:
+        """Tells commands to stop, and says at once why that may take a while."""
+        if running:
+            stopping.say("stopping; a fit that is running finishes its step first")
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
 
     def stop_all(self, number: int) -> None:
         """Stops all commands because of this signal, and starts no others."""
@@ -75,8 +79,7 @@ class _Children:
             self._stopped_by = number
             if self.forks is not None:
                 self.forks.close()
-            for process in self._running:
-                self._terminate(process)
+            self._stop(self._running)
 
     def may_start(self) -> None:
         """Allows commands again, after an earlier study of this process was stopped."""

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from halos_pl.common.files import write
+from halos_pl.data.example import DataError
+from halos_pl.evaluation.files import read_object
 from halos_pl.run_dir import SUMMARY, shortfall
+from halos_pl.study.record_shape import TEXT, fault_in
 from halos_pl.study.spec import Run, command
 
 #: Files in a study's folder: copies of the study's files, and its plan.
 STUDY, OVERRIDES, PLAN = "study.yaml", "overrides.yaml", "plan.json"
 #: Key of the plan and of ``record.json``: digests of what runs are trained from and measured on, whatever their paths.
 BY_CONTENT = "by_content"
+#: What to do about a damaged file.
+AGAIN = "remove it and repeat halos ablate, which writes it anew"
 #: Names of the errors, in the messages of commands, that end a run at a number that is not finite.
 NON_FINITE = ("NonFiniteLossError", "NonFiniteWeightsError", "NonFiniteLogProbError")
 
@@ -30,9 +37,44 @@ def record_failure(run: Run, words: list[str], why: str) -> None:
 
 
 def failure(run: Run) -> dict[str, str]:
-    """The ``command`` that failed, and its ``error``."""
-    content: dict[str, str] = json.loads(failure_file(run).read_text(encoding="utf-8"))
+    """The ``command`` that failed, and its ``error``.
+
+    Raises:
+        DataError: if the file is damaged; names it.
+    """
+    return read_part(failure_file(run), {"command": TEXT, "error": TEXT})
+
+
+def read_part(
+    path: Path, shape: Mapping[str, Any], *, optional: Mapping[str, Any] | None = None, cure: str = AGAIN
+) -> dict[str, Any]:
+    """The JSON object in one of the files that the runs of a study leave.
+
+    Args:
+        path: the file.
+        shape: what it contains, see :mod:`halos_pl.study.record_shape`.
+        optional: what it may contain besides.
+        cure: what to do if it is damaged.
+
+    Raises:
+        DataError: if it is damaged; names it.
+    """
+    content = read_object(path, cure)
+    if fault := fault_in(content, shape, whole=True) or fault_in(content, optional or {}):
+        raise DataError(f"{path} is damaged: {fault}; {cure}")
     return content
+
+
+def read_plan(out: Path) -> dict[str, Any]:
+    """The plan of a study; empty if there is none.
+
+    Raises:
+        DataError: if it is damaged; names it.
+    """
+    shape = {"study": TEXT, "digests": {"*": TEXT}}
+    contents = {BY_CONTENT: {"arms": {"*": TEXT}, "files": {"*": TEXT}}}
+    cure = "restore it, or name another folder with --out"
+    return read_part(out / PLAN, shape, optional=contents, cure=cure) if (out / PLAN).is_file() else {}
 
 
 def diverged(run: Run) -> bool:

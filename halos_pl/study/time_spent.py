@@ -11,6 +11,7 @@ from halos_pl.common.spent import HELD_OUT, REFERENCE, SAMPLING, START, TRAINING
 from halos_pl.evaluation.files import MEASURED
 from halos_pl.run_dir import SUMMARY
 from halos_pl.study.spec import Run, Study
+from halos_pl.study.state import read_part
 
 #: All else: plots, checkpoints after the last step, writing, the end of the process, and attempts that did not finish.
 REST = "the rest"
@@ -39,5 +40,4 @@ def time_spent(study: Study, out: Path) -> dict[str, float]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
+    return read_part(path, {}) if path.is_file() else {}

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from halos_pl.evaluation.files import BEFORE as BEFORE_FILE
-from halos_pl.evaluation.files import ROWS, measured_how
+from halos_pl.evaluation.files import FILE, ROWS, measured_how
 from halos_pl.evaluation.held_out import of_pairs, of_rows
 from halos_pl.study.earlier import Earlier
-from halos_pl.study.finished import config_of
+from halos_pl.study.finished import METRICS, config_of
 from halos_pl.study.recorded import Figures, Key
 from halos_pl.study.spec import BEFORE, SHORTER, Run
+from halos_pl.study.state import read_part
 
 #: Key of ``record.json``: the path of the model that each arm started from.
 STARTS = "models"
@@ -107,7 +108,8 @@ def start_of(run: Run) -> str:
 def _before(run: Run) -> Figures:
     """The metrics of the model that a run started from; as its own reference, it ties on every pair."""
     path = run.folder / BEFORE_FILE
-    metrics: dict[str, Mapping[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    cure = f"remove {FILE} beside it and repeat halos ablate, which writes both anew"
+    metrics: dict[str, Mapping[str, float]] = read_part(path, METRICS, cure=cure) if path.is_file() else {}
     if measured_how(run.folder).get("evaluate", {}).get("reference") is None:
         metrics |= by_length([{**r, "policy_logp": r["reference_logp"]} for r in held_out_records(run)])
     return {name: values for name, values in metrics.items() if values}

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos_pl.batch import TokenBatch
 from halos_pl.distributed import world_size
-from halos_pl.objective.build import build_objective
+from halos_pl.objective.build import OF_THE_OBJECTIVE, build_objective
 from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import Objective
 from halos_pl.objective.reference_points import ReferencePoint
@@ -107,7 +107,7 @@ class HALOModule(LightningModule):
         super().__init__()
         arguments = locals()
         check_arguments(**{k: arguments[k] for k in inspect.signature(check_arguments).parameters})
-        self.objective = build_objective(**{k: arguments[k] for k in inspect.signature(build_objective).parameters})
+        self.objective = build_objective(**{k: arguments[k] for k in OF_THE_OBJECTIVE})
         self.models = Models(
             policy,
             reference_model,
@@ -304,6 +304,6 @@ class HALOModule(LightningModule):
 
 #: Arguments that a checkpoint stores unchanged.
 _RECORDED = (
-    *inspect.signature(build_objective).parameters,
+    *OF_THE_OBJECTIVE,
     *("micro_batch_rows", "prefix_sharing", "reference_store", "lr_schedule", "warmup_ratio", "master_weights"),
 )
