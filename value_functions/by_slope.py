@@ -38,7 +38,9 @@ class BySlope(ValueFunction):
 
     def forward(self, u: Tensor) -> Tensor:
         if any(True for _ in self.parameters()):
-            raise TypeError(f"{type(self).__name__}: a value function given by its slope cannot have parameters to learn")
+            raise TypeError(
+                f"{type(self).__name__}: a value function given by its slope cannot have parameters to learn"
+            )
         value: Tensor = _Integral.apply(u, self.slope, tuple(self.kinks))  # type: ignore[no-untyped-call]
         return value
 
@@ -58,7 +60,7 @@ class _Integral(torch.autograd.Function):
 
 @cache
 def _rule() -> tuple[Tensor, Tensor]:
-    """Nodes in (0, 1) and weights of the rule, float64, from the eigenvalues of its Jacobi matrix (Golub and Welsch)."""
+    """Nodes in (0, 1) and weights of the rule, float64, from its Jacobi matrix (Golub and Welsch 1969)."""
     k = torch.arange(1, _POINTS, dtype=torch.float64)
     off = k / (4 * k.square() - 1).sqrt()
     nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
@@ -84,6 +86,8 @@ def _integral(slope: _Slope, u: Tensor, kinks: tuple[float, ...]) -> Tensor:
     def side(sign: float) -> Tensor:
         whole = (slope(sign * (low + (high - low) * nodes)) * weights * (high - low)).sum(dim=1)
         before = torch.cat([whole.new_zeros(1), whole.cumsum(0)])[panel]
-        return sign * (before + (slope(sign * (left[..., None] + rest[..., None] * nodes)) * weights).sum(dim=-1) * rest)
+        return sign * (
+            before + (slope(sign * (left[..., None] + rest[..., None] * nodes)) * weights).sum(dim=-1) * rest
+        )
 
     return torch.where(u < 0, side(-1.0), side(1.0))
