@@ -53,7 +53,7 @@ class _Integral(torch.autograd.Function):
         return _integral(slope, u.detach().double(), kinks).to(u.dtype)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (u,) = ctx.saved_tensors
         return upstream * ctx.slope(u.double()).to(upstream.dtype), None, None
 
@@ -84,7 +84,7 @@ def _integral(slope: _Slope, u: Tensor, kinks: tuple[float, ...]) -> Tensor:
     rest = size - left
 
     def side(sign: float) -> Tensor:
-        whole = (slope(sign * (low + (high - low) * nodes)) * weights * (high - low)).sum(dim=1)
+        whole: Tensor = (slope(sign * (low + (high - low) * nodes)) * weights * (high - low)).sum(dim=1)
         before = torch.cat([whole.new_zeros(1), whole.cumsum(0)])[panel]
         return sign * (
             before + (slope(sign * (left[..., None] + rest[..., None] * nodes)) * weights).sum(dim=-1) * rest

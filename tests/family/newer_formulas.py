@@ -1,7 +1,7 @@
 """The losses of the last two years, written out as in ``formulas``; importing this file registers them there.
 
-Some are published as a gradient: a number without gradient times log pi. Their formulas here have that gradient, and its
-integral as their value.
+Some are published as a gradient: a number without gradient times log pi. Their formulas here have that gradient, and
+its integral as their value.
 """
 
 from __future__ import annotations

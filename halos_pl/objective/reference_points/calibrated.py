@@ -66,10 +66,10 @@ class Calibrated(ReferencePoint):
 
 
 class QuantileCalibrated(ReferencePoint):
-    """z0 = (F(s) - V) / beta: the log-ratio of the optimum if the reward is the quantile F of the score; no gradient.
+    """z0 = (F(s) - V) / beta: the log-ratio of the optimum if the reward is the score's quantile F; no gradient.
 
-    QRPO (Matrenok et al. 2025, eq. 11): quantiles of the reference model's completions are uniform on [0, 1], so that
-    V = beta log(beta (e^(1 / beta) - 1)) for each prompt. F is estimated from the prompt's rows: the share of those with
+    QRPO (Matrenok et al. 2025, eq. 11): quantiles of the reference model's completions are uniform on [0, 1], so V is
+    beta log(beta (e^(1 / beta) - 1)) for each prompt. F is estimated from the prompt's rows: the share of those with
     a lower score, plus half of those with the same one. With few rows it is coarse.
 
     Args:

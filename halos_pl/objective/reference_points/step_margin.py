@@ -45,8 +45,8 @@ class _StepMargin(PairedCompletion):
 class NormalisedGapMargin(_StepMargin):
     """The margin is gamma + alpha * Z: Z is the pair's gap of log-ratios per token, normalised over the step.
 
-    Alpha-DPO (Wu et al. 2025, "AlphaDPO", eq. 12), with ``LogProb`` per token as reward: Z = (gap - mean) / std over the
-    pairs of the step and all ranks; std is the sample standard deviation. With one pair, or equal gaps, Z is 0. The
+    Alpha-DPO (Wu et al. 2025, "AlphaDPO", eq. 12), with ``LogProb`` per token as reward: Z = (gap - mean) / std over
+    the pairs of the step and all ranks; std is the sample standard deviation. With one pair, or equal gaps, Z is 0. The
     authors' code normalises by moving averages over steps.
 
     Args:
