@@ -72,7 +72,8 @@ def _edges(kinks: tuple[float, ...]) -> Tensor:
     """Ends of the panels on one side of 0, ascending from 0, float64."""
     fine = torch.arange(0, 64, 0.25, dtype=torch.float64)
     doubling = 2.0 ** torch.arange(6, 28, dtype=torch.float64)
-    return torch.cat([fine, doubling, torch.tensor([abs(kink) for kink in kinks], dtype=torch.float64)]).unique()
+    edges: Tensor = torch.cat([fine, doubling, torch.tensor(kinks, dtype=torch.float64).abs()]).unique()
+    return edges
 
 
 def _integral(slope: _Slope, u: Tensor, kinks: tuple[float, ...]) -> Tensor:
