@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from math import e, exp, expm1, gamma, log
 
 import torch
-from formulas import BETA, Question, Step, advantage, every_second_step, loss, over_rows, sigma, some
+from formulas import BETA, Step, advantage, every_second_step, loss, over_rows, sigma, some
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -222,20 +222,13 @@ def gspo_rows(step: Step) -> Tensor:
     return both_signs(step, ratio.clamp(max=1.0004), ratio.clamp(min=0.9997))
 
 
-SEQUENCE_REACHES: dict[str, Question] = {
-    "a good row above": some(lambda s: (s.r / s.length > 4e-4) & (advantage(s) > 0)),
-    "a bad row below": some(lambda s: (s.r / s.length < -3.1e-4) & (advantage(s) < 0)),
-    "a bad row above": some(lambda s: (s.r / s.length > -2e-4) & (advantage(s) < 0)),
-}
-
-
-@loss("gspo", data="groups", reaches=SEQUENCE_REACHES)
+@loss("gspo", data="groups")
 def gspo(step: Step) -> Tensor:
     """Zheng et al. 2025, eq. 5."""
     return gspo_rows(step)[step.train].mean()
 
 
-@loss("luspo", data="groups", reaches=SEQUENCE_REACHES)
+@loss("luspo", data="groups")
 def luspo(step: Step) -> Tensor:
     return (gspo_rows(step) * step.length)[step.train].mean()
 
