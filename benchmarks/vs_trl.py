@@ -55,7 +55,7 @@ class Workload:
         what: description, for the table.
         kind: kto or dpo.
         rows: ``first`` or ``next``: four pairs, with both completions; ``more``: all eight pairs, of which KTO uses one
-            completion each; ``scored`` and ``long``: see ``rows_of``.
+            completion each; a key of ``SHAPES``: texts of given lengths.
         lora: whether to train an adapter; the reference is then the model with the adapter off.
         stored: whether both sides compute the reference's log-probs beforehand.
         bf16: whether to run under autocast to bfloat16.
@@ -85,6 +85,7 @@ WORKLOADS = {
     "kto_pairs": Workload("KTO, 4 pairs with both rows in the step, live reference", "kto", "first"),
     "kto_next_pairs": Workload("KTO, the next 4 pairs with both rows in the step, live reference", "kto", "next"),
     "kto_scored": Workload("KTO, 2 prompts of 512 tokens x 4 completions of 64, live reference", "kto", "scored"),
+    "kto_sixteen": Workload("KTO, 2 prompts of 128 tokens x 16 completions of 32, live reference", "kto", "sixteen"),
     "kto_long": Workload("KTO, 4 prompts of 512 tokens, completions of 64, live reference", "kto", "long"),
     "kto_lora": Workload("KTO, 8 rows, LoRA r = 16, adapter-off reference", "kto", "more", lora=True),
     "dpo_live": Workload("DPO, 4 pairs, live reference", "dpo", "first"),
@@ -97,6 +98,9 @@ WORKLOADS = {
     "kto_stored_bf16": Workload("KTO, 8 rows, stored reference, bfloat16", "kto", "more", stored=True, bf16=True),
     "dpo_bf16": Workload("DPO, 4 pairs, live reference, bfloat16", "dpo", "first", bf16=True),
 }
+#: Numbers of prompts and rows, and the lengths of both in tokens. Four long rows: with eight, TRL's side runs out of
+#: memory on a machine with 24 GB.
+SHAPES = {"scored": (2, 8, 512, 64), "sixteen": (2, 32, 128, 32), "long": (4, 4, 512, 64)}
 SHORT = ["kto_live", "kto_stored", "dpo_live"]
 
 
@@ -128,10 +132,10 @@ def texts(sizes: list[int], model: str) -> list[str]:
 
 def rows_of(workload: Workload) -> list[dict[str, Any]]:
     """The rows of a workload in TRL's format."""
-    if workload.rows in ("scored", "long"):
-        # Four long rows: with eight, TRL's side runs out of memory on a machine with 24 GB.
-        count, rows = (n * workload.times for n in ((2, 8) if workload.rows == "scored" else (4, 4)))
-        prompts, completions = texts([512] * count, workload.model), texts([64] * rows, workload.model)
+    if workload.rows in SHAPES:
+        count, rows, of_prompt, of_completion = SHAPES[workload.rows]
+        count, rows = count * workload.times, rows * workload.times
+        prompts, completions = texts([of_prompt] * count, workload.model), texts([of_completion] * rows, workload.model)
         return [
             {"prompt": prompts[i * count // rows], "completion": completions[i], "label": i % 2 == 0}
             for i in range(rows)

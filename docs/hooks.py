@@ -23,6 +23,7 @@ from reference_plots import plot_objective, plot_reference_point, plot_reward, p
 import halos_pl.data.transforms
 import halos_pl.objective.baselines
 import halos_pl.objective.feedback
+import halos_pl.objective.policy_weights
 import halos_pl.objective.reference_points
 import halos_pl.objective.rewards
 import halos_pl.policy.reference
@@ -37,6 +38,7 @@ from halos_pl.evaluation.metrics import METRICS
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import HALO, Objective
+from halos_pl.objective.policy_weights import PolicyWeight
 from halos_pl.objective.reference_points import ReferencePoint
 from halos_pl.objective.rewards import Reward
 from halos_pl.policy.reference import ReferenceModel
@@ -52,6 +54,7 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "Mixture": lambda: {"value_functions": [Logistic(), Identity()], "weights": [0.8, 0.2]},
     "Constant": lambda: {"value": 1.0},
     "Flipped": lambda: {"feedback": halos_pl.objective.feedback.Binary()},
+    "ByLength": lambda: {"feedback": halos_pl.objective.feedback.Binary(), "power": -1.0},
 }
 
 
@@ -277,6 +280,15 @@ KINDS: list[tuple[str, str, type, Any, str]] = [
         Objective,
         halos_pl.objective.baselines,
         "Terms that are not HALOs: the baselines, and the terms that composites add to a HALO in `extra_terms`.",
+    ),
+    (
+        "policy_weights",
+        "Policy weights",
+        PolicyWeight,
+        halos_pl.objective.policy_weights,
+        "Numbers that depend on the policy, without gradient. `PolicyWeighted` in `extra_terms` applies one to a HALO; "
+        "such a loss is a composite, because the weights of a HALO do not depend on the policy. `wpo`, `beta_dpo` and "
+        "`fipo` are examples.",
     ),
     (
         "reference_models",

@@ -48,7 +48,10 @@ TABLE = ROOT / "docs" / "reference" / "verdicts.md"
 SHAPED = (
     r"halo-shaped: (reward is not a function of \(x, y\)|(reward is not a function of \(x, y\); )?fails \w+(, \w+)*)"
 )
-VERDICTS = rf"halo( \(v proved\))?|halo \(two-sided(, v proved)?\)|degenerate reference|{SHAPED}|composite|not a halo"
+VERDICTS = (
+    rf"halo( \(v proved\))?|halo \(two-sided(, v proved)?\)|degenerate reference|{SHAPED}|"
+    r"composite(: policy-dependent weights)?|not a halo"
+)
 
 
 def kto(**parts: Any) -> HALO:

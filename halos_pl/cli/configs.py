@@ -21,14 +21,14 @@ from halos_pl.common.misplaced import read_config
 from halos_pl.common.own_plugins import import_own
 from halos_pl.common.yaml_files import YAMLFileError
 from halos_pl.data.transforms import Transform
-from halos_pl.objective.build import PARTS
+from halos_pl.objective.build import KINDS as OF_OBJECTIVES
 from halos_pl.policy.reference import ReferenceModel
 from halos_pl.run_dir import CONFIG, LAST
 
 #: Options that only the command line has. The parser ignores the first in a file.
 OPTIONS = ("config", "objective", "no_base", "print_config")
 #: Kinds of plug-ins that are found in the working folder by their bare names.
-KINDS = (*PARTS.values(), ReferenceModel, Transform, Callback)
+KINDS = (*OF_OBJECTIVES, ReferenceModel, Transform, Callback)
 _RESOLVED = {*GROUPS, "seed_everything", "run_dir"}
 
 

@@ -11,7 +11,15 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from halos_pl.conformance import feedback, objective, proofs, reference_point, reward, value_function
+from halos_pl.conformance import (
+    feedback,
+    objective,
+    policy_weight,
+    proofs,
+    reference_point,
+    reward,
+    value_function,
+)
 from halos_pl.conformance.clause import Clause
 from halos_pl.conformance.feedback import FeedbackCase
 from halos_pl.conformance.halo_case import HaloCase
@@ -23,6 +31,7 @@ from halos_pl.conformance.target import Target, as_target, refuse_wrong_needs
 from halos_pl.conformance.value_case import ValueFunctionCase
 from halos_pl.conformance.witness import Raised, WrongShape
 from halos_pl.objective.halo import Objective
+from halos_pl.objective.policy_weighted import PolicyWeighted
 from halos_pl.objective.reference_points import ReferencePoint
 from halos_pl.objective.rewards import Reward
 from value_functions import ValueFunction
@@ -66,6 +75,11 @@ def _checks_of_objective(target: Objective, examples: int, thorough: bool, share
         for (name, _), case in zip(halos, cases, strict=True)
         for clause in objective.clauses(case)
     ]
+    weighted = [module for module in target.modules() if isinstance(module, PolicyWeighted)]
+    for each in weighted:
+        name, case = next((name, case) for (name, term), case in zip(halos, cases, strict=True) if term is each.of)
+        clause = policy_weight.clause_of(each, case, examples)
+        clauses.append(clause.of_term(name if len(halos) > 1 else ""))
     sums = objective.own_sums(target)
     if sums:
         # A sum of another class may add up differently, so its loss may differ from that of its terms.
@@ -76,9 +90,11 @@ def _checks_of_objective(target: Objective, examples: int, thorough: bool, share
             return next(filter(None, (objective.sum_of_terms(summed, examples) for summed in sums)), None) or of_terms()
 
         clauses[at] = replace(clauses[at], check=identity)
-    if len(parts) == 1:
-        return Checks(type(halos[0][1]).__name__, clauses, partial(objective.verdict, cases[0]))
     name = " + ".join(type(term).__name__ for _, term in parts)
+    if weighted:
+        return Checks(name, clauses, lambda *_: policy_weight.VERDICT)
+    if len(parts) == 1:
+        return Checks(name, clauses, partial(objective.verdict, cases[0]))
     return Checks(name, clauses, lambda *_: "composite")
 
 

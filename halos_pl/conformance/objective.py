@@ -27,6 +27,7 @@ from halos_pl.conformance.value_curve import UNDESIRABLE, concave_on_gains, non_
 from halos_pl.conformance.witness import listed, pair
 from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import HALO, Objective, Sum
+from halos_pl.objective.policy_weighted import PolicyWeighted
 from halos_pl.objective.reference_points import ReferencePoint
 from halos_pl.objective.rewards import Reward
 from value_functions import ValueFunction
@@ -47,7 +48,12 @@ def is_halo(objective: Objective) -> TypeGuard[HALO]:
 
 
 def terms(objective: Objective, name: str = "") -> list[tuple[str, Objective]]:
-    """The terms of an objective by name, nested sums flattened; an objective that is not a sum is its only term."""
+    """The terms of an objective by name, nested sums flattened; an objective that is not a sum is its only term.
+
+    A HALO with a policy weight stands for itself without it.
+    """
+    if isinstance(objective, PolicyWeighted):
+        return terms(objective.of, name)
     if not isinstance(objective, Sum):
         return [(name, objective)]
     if len(objective.terms) == 1:

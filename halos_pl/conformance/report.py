@@ -63,8 +63,8 @@ class Report:
         target: its name.
         definition: ``icml`` (ICML 2024, Def. 3.4) or ``v1`` (arXiv v1: any parameterised reward).
         verdict: ``halo``, ``halo (two-sided)``, ``degenerate reference``, ``halo-shaped: fails A, B``,
-            ``composite`` or ``not a halo``. For a plug-in alone, it covers the clauses of its kind: ``halo`` means that
-            it can be part of one.
+            ``composite``, ``composite: policy-dependent weights`` or ``not a halo``. For a plug-in alone, it covers the
+            clauses of its kind: ``halo`` means that it can be part of one.
         clauses: results in the order of the definition.
         seconds: duration of the check, in seconds.
         unusable: why the target cannot be checked (it always raises, or returns a wrong shape); else None.

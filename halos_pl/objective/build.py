@@ -25,6 +25,7 @@ from halos_pl.common.type_words import near, shown
 from halos_pl.common.yaml_files import Lines, read_yaml
 from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import HALO, Objective, Sum
+from halos_pl.objective.policy_weights import PolicyWeight
 from halos_pl.objective.reference_points import ReferencePoint
 from halos_pl.objective.rewards import Reward
 from value_functions import ValueFunction
@@ -40,6 +41,8 @@ PARTS: dict[str, type] = {
     "feedback": Feedback,
     "extra_terms": Objective,
 }
+#: All kinds of plug-ins in an objective.
+KINDS: tuple[type, ...] = (*PARTS.values(), PolicyWeight)
 
 
 def module_of_file(path: Path, prefix: str) -> ModuleType:
@@ -164,7 +167,7 @@ def load_objective(path: str | Path, changes: Mapping[str, Any] | None = None) -
         _change(parts, key, value)
     try:
         if not is_shipped(path):
-            import_own(parts, PARTS.values())
+            import_own(parts, KINDS)
         config = _parser().parse_object(parts)
         check_nulls(build_objective, settings_of(config), "model")
         check_numbers(config, "model")

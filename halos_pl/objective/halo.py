@@ -53,19 +53,27 @@ class TermContext:
 
     Attributes:
         sign: float [n], a of each row of the step.
-        weight: float [n], w of each row, with the row's own weight; 0 for mismatched rows.
+        weight: float [n], w of each row, with the row's own weight; 0 for mismatched rows; [n, T] if it differs by token.
         denominator: float scalar, summed over all ranks.
         reference_point: z0, without gradient; None if it is computed with each micro-batch.
+        scale: float [n] or [n, T], factor of each outcome before v; None for 1.
     """
 
     sign: Tensor
     weight: Tensor
     denominator: Tensor
     reference_point: Estimate | None = None
+    scale: Tensor | None = None
 
     def select(self, index: Tensor) -> TermContext:
-        z0 = self.reference_point
-        return replace(self, sign=self.sign[index], weight=self.weight[index], reference_point=z0 and z0.select(index))
+        z0, scale = self.reference_point, self.scale
+        return replace(
+            self,
+            sign=self.sign[index],
+            weight=self.weight[index],
+            reference_point=z0 and z0.select(index),
+            scale=None if scale is None else scale[index],
+        )
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,11 @@ class SumContext:
 
     def select(self, index: Tensor) -> SumContext:
         return SumContext(tuple(part.select(index) for part in self.parts))
+
+
+def of_tokens(values: Tensor, width: int) -> Tensor:
+    """Numbers of rows [n], or of tokens [n, T] in a batch at least as wide, for tokens; float [n, 1] or [n, width]."""
+    return values[:, None] if values.dim() == 1 else values[:, :width]
 
 
 def mean_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
@@ -281,21 +294,25 @@ class HALO(Objective):
         estimate = context.reference_point or self.estimate(reward, rows)
         z0, sign, weight = estimate.value, context.sign, context.weight
         if reward.dim() == 2:  # each token is an outcome with its row's sign and weight
-            sign, weight = sign[:, None].expand_as(reward), weight[:, None] * rows.mask
+            weight = of_tokens(weight, reward.shape[1]) * rows.mask
+            sign = sign[:, None].expand_as(reward)
             z0 = z0[:, None] if z0.dim() else z0
         outcome = reward - z0
+        if (scale := context.scale) is not None:
+            outcome = outcome * (scale if reward.dim() == 1 else of_tokens(scale, reward.shape[1]))
         desirable = sign < 0
         reflected = ~desirable if self.reflect_undesirable else torch.zeros_like(desirable)
         perceived = torch.where(reflected, -outcome, outcome)
         value = self.value_function(perceived)
         signed = torch.where(desirable | reflected, -value, value)
         loss = (weight * (self.loss_offset + signed)).sum() / divisor(context.denominator)
+        of_rows_weight = context.weight if context.weight.dim() == 1 else mean_of_tokens(weight, rows.mask)
         slopes: tuple[tuple[HALO, Slopes], ...] = ()
         if loss.requires_grad and reward.requires_grad:
             # From the loss back to the rewards only: a few operations on numbers of rows, none of them the model's.
             (slope,) = torch.autograd.grad(loss, reward, retain_graph=True, materialize_grads=True)
             u = torch.where(rows.mask, outcome, 0.0) if reward.dim() == 2 else outcome
-            of_labels = rows.labels.desirable, context.weight
+            of_labels = rows.labels.desirable, of_rows_weight
             figures = reward.detach(), slope, u.detach(), context.denominator
             slopes = ((self, Slopes(*of_labels, *figures, rows.labels.weight)),)
         of_rows = {"reward": reward, "reference_point": z0.expand_as(reward), "outcome": outcome}
@@ -305,7 +322,7 @@ class HALO(Objective):
             Outcomes(
                 **{name: mean_of_tokens(values.detach(), rows.mask) for name, values in of_rows.items()},
                 sign=context.sign,
-                weight=context.weight,
+                weight=of_rows_weight,
             ),
             estimate,
             slopes=slopes,

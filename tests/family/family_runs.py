@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import newer_formulas  # noqa: F401  (registers its losses)
 import pytest
 import torch
 import yaml
@@ -158,7 +159,17 @@ class Rescorer:
         if path not in self.lines:
             self.lines[path] = [json.loads(row) for row in Path(path).read_text().splitlines()]
         row = self.lines[path][int(line) - 1]
-        return (row["prompt"], row[side], side == "chosen") if side else tuple(row.values())
+        if side:
+            return row["prompt"], row[side], side == "chosen"
+        return row["prompt"], row["completion"], row["label"]
+
+    def score(self, name: str) -> float:
+        """The score of the row ``name``; without one, 1 if it is desirable and 0 if not."""
+        place, _, side = name.partition(" with ")[0].partition("#")
+        path, _, line = place.rpartition(":")
+        row = self.lines[path][int(line) - 1]
+        desirable = side == "chosen" if side else row["label"]
+        return float(row.get(f"{side}_score" if side else "score", desirable))
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -205,7 +216,7 @@ class Rescorer:
         pair = []
         for name, is_mismatched in zip(recorded.names, recorded.mismatched, strict=True):
             stem, _, side = name.rpartition("#")
-            paired = LOSSES[objective].data == "pairs" and not is_mismatched
+            paired = LOSSES[objective].data.endswith("pairs") and not is_mismatched
             pair.append(places[f"{stem}#{'rejected' if side == 'chosen' else 'chosen'}"] if paired else -1)
         prompts = [text for text, *_ in rows]
         padded = torch.nn.utils.rnn.pad_sequence
@@ -218,6 +229,7 @@ class Rescorer:
             mismatched=torch.tensor(recorded.mismatched),
             prompt=torch.tensor([prompts.index(text) for text in prompts]),
             scalar=scalar,
+            score=torch.tensor([self.score(name) for name in recorded.names], dtype=torch.float64),
         )
 
 
@@ -246,17 +258,20 @@ def assert_the_formulas(objective: str, steps: list[Recorded], rescorer: Rescore
 
 
 def rows(pairs: int = 4, mismatched: int = 2, *, seed: int = 0, tokens: int = 5, scale: float = 1.0) -> LogProbBatch:
-    """Random log-probs without a model, in groups of two pairs, so that an advantage is over more than two rows."""
+    """Random log-probs and scores without a model, in groups of two pairs: an advantage is over more than two rows."""
     made = random_rows(seed, pairs, mismatched, tokens=tokens, scale=scale)
     group = torch.minimum(torch.arange(len(made)), made.labels.pair.clamp(min=0)) // 2
-    return replace(made, labels=replace(made.labels, group=group))
+    draw = torch.Generator().manual_seed(seed)
+    score = torch.randint(-6, 7, (len(made),), generator=draw) / 4
+    return replace(made, labels=replace(made.labels, group=group, score=score))
 
 
 def as_step(rows: LogProbBatch, policy: torch.Tensor) -> Step:
     reference, scalar, labels = rows.reference_logps, rows.scalar, rows.labels
     assert reference is not None
     assert scalar is not None
-    return Step(policy, reference, rows.mask, labels.desirable, labels.pair, labels.mismatched, labels.group, scalar)
+    who = labels.desirable, labels.pair, labels.mismatched, labels.group
+    return Step(policy, reference, rows.mask, *who, scalar, labels.score.double())
 
 
 def assert_equals_formula(name: str, rows: LogProbBatch, made: Objective | None = None) -> None:

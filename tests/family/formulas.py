@@ -31,6 +31,7 @@ class Step:
         mismatched: bool [n], rows (x_i, y_j) of mismatched prompt and completion.
         prompt: long [n], equal for rows that answer the same prompt.
         scalar: float64 [n], the number that a linear head gives each row.
+        score: float64 [n], the score of each row; 1 if desirable and 0 if not, where the data have none.
     """
 
     policy: Tensor
@@ -41,6 +42,7 @@ class Step:
     mismatched: Tensor
     prompt: Tensor
     scalar: Tensor
+    score: Tensor
 
     @property
     def train(self) -> Tensor:
@@ -88,7 +90,8 @@ class Loss:
 
     Attributes:
         of: the loss of a step, given the steps before it.
-        data: what one example of a step is: ``rows``, ``pairs`` or ``groups`` (all rows of a prompt).
+        data: what one example of a step is: ``rows``, ``pairs`` or ``groups`` (all rows of a prompt); ``scored`` groups
+            and ``scored_pairs`` have scores.
         reference: the policy's weights at each step so far (the first are the start, the last those of this
             step) to the reference's; left out, the start's.
         reaches: cases that must occur within a run, or the run has not tested them.
@@ -445,8 +448,7 @@ def ppo_clip(step: Step) -> Tensor:
 
 def advantage(step: Step) -> Tensor:
     """(s - mean) / (standard deviation + .01) among the rows of a prompt."""
-    score = step.desirable.double()
-    found = torch.zeros_like(score)
+    score, found = step.score, torch.zeros_like(step.score)
     for prompt in step.prompt.unique():
         group = (step.prompt == prompt) & step.train
         found[group] = (score[group] - score[group].mean()) / (score[group].std(correction=0) + 0.01)

@@ -9,8 +9,12 @@ from __future__ import annotations
 from halos_pl.objective.feedback.base import Feedback as Feedback
 from halos_pl.objective.feedback.base import Judgement as Judgement
 from halos_pl.objective.feedback.binary import Binary as Binary
+from halos_pl.objective.feedback.by_length import ByLength as ByLength
 from halos_pl.objective.feedback.flipped import Flipped as Flipped
 from halos_pl.objective.feedback.group_advantage import GroupAdvantage as GroupAdvantage
+from halos_pl.objective.feedback.listwise import EveryRow as EveryRow
+from halos_pl.objective.feedback.listwise import SoftmaxOfScores as SoftmaxOfScores
+from halos_pl.objective.feedback.margin_adaptive import MarginAdaptive as MarginAdaptive
 from halos_pl.objective.feedback.pairwise import Pairwise as Pairwise
 from halos_pl.objective.feedback.pairwise import RobustPairwise as RobustPairwise
 from halos_pl.objective.feedback.slopes import Slopes as Slopes

@@ -7,34 +7,49 @@ from typing import Literal
 import torch
 
 from halos_pl.batch import LogProbBatch, Needs
+from halos_pl.distributed import sum_over_ranks
 from halos_pl.objective.feedback.base import Feedback, Judgement, denominator_of
 
 
 class GroupAdvantage(Feedback):
-    """Judges each row by its advantage over the prompt's rows; the loss is a mean over tokens.
+    """Judges each row by its advantage over the prompt's rows.
 
     A = (s - mean) / (std + 0.01) over the rows of one prompt, where s is the row's score if the data have scores,
     otherwise 1 for a desirable and 0 for an undesirable row; sign -sign(A), weight |A|. GRPO's advantage (Shao et al.
-    2024, section 4.1.2), offline. If all rows of a prompt have the same score, their weight is 0. std is the population
-    standard deviation of the prompt's rows, and 0.01 is in the unit of the scores. TRL uses the sample standard
-    deviation (n - 1) and 1e-4, so a pair with scores 0 and 1 gets +-0.71 there, and +-0.98 here. Mean and standard
-    deviation do not depend on the rows' own weights, which multiply |A| in the loss.
+    2024, section 4.1.2), offline. If all rows of a prompt have the same score, as where it has a single row, their
+    weight is 0. std is the population standard deviation, and 0.01 is in the unit of the scores. TRL uses the sample
+    standard deviation (n - 1) and 1e-4, so a pair with scores 0 and 1 gets +-0.71 there, and +-0.98 here. Mean and
+    standard deviation do not depend on the rows' own weights, which multiply |A| in the loss.
 
     Args:
         only: sign of the advantage of the rows to train on: ``positive`` or ``negative``; null for both. The other rows
             get weight 0 but count in the denominator.
+        scale: ``prompt`` divides by the standard deviation of the prompt's scores; ``step`` by that of the whole step's
+            differences s - mean, over all ranks (REINFORCE++, Hu 2025); ``none`` does not divide (Dr. GRPO, Liu et al.
+            2025).
+        denominator: ``tokens`` or ``rows``.
 
     Raises:
-        ValueError: ``only`` is none of these.
+        ValueError: an argument is none of these.
     """
 
     needs = Needs(groups=True, undesirable=True)
 
-    def __init__(self, *, only: Literal["positive", "negative"] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        only: Literal["positive", "negative"] | None = None,
+        scale: Literal["prompt", "step", "none"] = "prompt",
+        denominator: Literal["tokens", "rows"] = "tokens",
+    ) -> None:
         super().__init__()
         if only not in ("positive", "negative", None):
             raise ValueError(f"GroupAdvantage: only is {only!r}; choose positive, negative or null")
-        self.only = only
+        if scale not in ("prompt", "step", "none"):
+            raise ValueError(f"GroupAdvantage: scale is {scale!r}; choose prompt, step or none")
+        if denominator not in ("tokens", "rows"):
+            raise ValueError(f"GroupAdvantage: denominator is {denominator!r}; choose tokens or rows")
+        self.only, self.scale, self.denominator = only, scale, denominator
 
     def forward(self, rows: LogProbBatch) -> Judgement:
         kept, score, group = rows.labels.train, rows.labels.score, rows.labels.group
@@ -42,12 +57,17 @@ class GroupAdvantage(Feedback):
         count = same.sum(dim=1).clamp(min=1)
         # Differences first: of equal scores, they are exactly 0.
         above = (same * (score[:, None] - score[None, :])).sum(dim=1) / count
-        std = (same * (score[None, :] - (score - above)[:, None]).square()).sum(dim=1).div(count).sqrt()
-        advantage = above / (std + 0.01) * kept
+        advantage = above * kept
+        if self.scale == "prompt":
+            std = (same * (score[None, :] - (score - above)[:, None]).square()).sum(dim=1).div(count).sqrt()
+            advantage = advantage / (std + 0.01)
+        elif self.scale == "step":
+            squares, number = sum_over_ranks(torch.stack([advantage.square().sum(), kept.sum().to(advantage)]))
+            advantage = advantage / ((squares / number.clamp(min=1)).sqrt() + 0.01)
         below = advantage < 0
         side = kept if self.only is None else below if self.only == "negative" else advantage > 0
         return Judgement(
             sign=torch.where(below, torch.ones_like(advantage), -1.0),
             weight=torch.where(side, advantage.abs(), 0.0),
-            denominator=denominator_of(rows, "tokens"),
+            denominator=denominator_of(rows, self.denominator),
         )

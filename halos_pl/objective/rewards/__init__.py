@@ -6,6 +6,7 @@ against the clauses of their kind. The imports below are for type checkers.
 
 from __future__ import annotations
 
+from halos_pl.objective.rewards.alpha_probability import AlphaProbability as AlphaProbability
 from halos_pl.objective.rewards.base import Reward as Reward
 from halos_pl.objective.rewards.divergences import AlphaDivergence as AlphaDivergence
 from halos_pl.objective.rewards.divergences import ForwardKL as ForwardKL
@@ -17,6 +18,8 @@ from halos_pl.objective.rewards.log_ratio import LogRatio as LogRatio
 from halos_pl.objective.rewards.log_ratio import TokenLogRatio as TokenLogRatio
 from halos_pl.objective.rewards.pair_margin import PairMargin as PairMargin
 from halos_pl.objective.rewards.scalar_head import ScalarHead as ScalarHead
+from halos_pl.objective.rewards.shared_length import SharedLengthLogRatio as SharedLengthLogRatio
+from halos_pl.objective.rewards.total_variation import TotalVariationLogRatio as TotalVariationLogRatio
 from value_functions.discovery import plug_ins
 
 _PLUG_INS = plug_ins(__name__, Reward)

@@ -1,0 +1,69 @@
+"""A HALO whose rows have weights that depend on the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from halos_pl.batch import LogProbBatch, Needs
+from halos_pl.objective.halo import HALO, Objective, Result, TermContext
+from halos_pl.objective.policy_weights import PolicyWeight
+
+
+class PolicyWeighted(Objective):
+    """sum_i w(theta)_i * w_i * t_i / denominator, where w(theta) depends on the policy but has no gradient.
+
+    The one place for weights of the policy: WPO, beta-DPO, FIPO. The definition of a HALO does not allow them, so
+    ``halos check`` calls the loss a *composite: policy-dependent weights* and checks the HALO without them. w(theta) is
+    computed once per step, before the first loss, from all rows without gradient; with micro-batches, this takes one
+    more forward pass.
+
+    Args:
+        halo: the HALO.
+        policy_weight: w(theta), which multiplies the rows' weights or their outcomes.
+
+    Raises:
+        TypeError: ``halo`` is no HALO or ``policy_weight`` no policy weight.
+        ValueError: the feedback is to set the ratio of the classes' slopes; when called: w(theta) is negative, not
+            finite or of the wrong shape.
+    """
+
+    def __init__(self, *, halo: HALO, policy_weight: PolicyWeight) -> None:
+        super().__init__()
+        for name, part, kind in (("halo", halo, HALO), ("policy_weight", policy_weight, PolicyWeight)):
+            if not isinstance(part, kind):
+                raise TypeError(f"PolicyWeighted: {name} is a {type(part).__name__}; it must be a {kind.__name__}")
+        if halo.feedback.follows_slopes:
+            raise ValueError(
+                "PolicyWeighted: rho cannot be set together with a policy weight, which changes the slopes as well; set"
+                " lambda_desirable to a number"
+            )
+        self.of, self.policy_weight = halo, policy_weight
+
+    @property
+    def needs(self) -> Needs:
+        return self.of.needs | self.policy_weight.needs | Needs(step_rewards=True)
+
+    @torch.no_grad()
+    def prepare(self, rows: LogProbBatch) -> TermContext:
+        context, rewards = self.of.prepare(rows), self.of.reward(rows)
+        weight = self.policy_weight(rewards, rows).detach()
+        name = type(self.policy_weight).__name__
+        if weight.shape not in (rewards.shape, rewards.shape[:1]):
+            raise ValueError(f"{name} returns shape {tuple(weight.shape)}, not {tuple(rewards.shape)}")
+        counted = (
+            weight[rows.labels.train_index] if weight.dim() == 1 else weight[rows.mask & rows.labels.train[:, None]]
+        )
+        if not bool((counted.isfinite() & (counted >= 0)).all()):
+            raise ValueError(f"{name} returns a weight that is negative or not finite")
+        if self.policy_weight.acts_on == "outcome":
+            return replace(context, scale=weight)
+        return replace(context, weight=(context.weight if weight.dim() == 1 else context.weight[:, None]) * weight)
+
+    def compute_loss(self, rows: LogProbBatch, context: TermContext) -> Result:
+        return self.of.compute_loss(rows, context)
+
+    def observe(self, results: Sequence[Result]) -> None:
+        self.of.observe(results)

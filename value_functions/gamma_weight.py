@@ -1,0 +1,37 @@
+"""The value function of VESPO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from value_functions.by_slope import BySlope
+from value_functions.ranges import POSITIVE, Range
+
+
+class GammaWeight(BySlope):
+    """v'(u) = e^(decay + power * u - decay * e^u): the weight of VESPO, 1 at u = 0.
+
+    In the ratio w = e^u the slope is that of a gamma density, w^power * e^(-decay * w), normalised to 1 at w = 1 (Shen
+    et al. 2026, "VESPO", eq. 14; TRL 1.16, ``vespo_k_pos`` and ``vespo_lambda_pos``). It vanishes for ratios far from 1
+    on both sides. Concave on gains if and only if ``power`` is at most ``decay``.
+
+    Args:
+        power: exponent k of the ratio, above 0.
+        decay: rate lambda at which large ratios lose their weight, above 0.
+
+    Raises:
+        ValueError: an argument is not above 0.
+    """
+
+    ranges: Mapping[str, Range] = {"power": POSITIVE, "decay": POSITIVE}
+
+    def __init__(self, *, power: float = 2.0, decay: float = 3.0) -> None:
+        super().__init__()
+        self.power, self.decay = self.accepted("power", power), self.accepted("decay", decay)
+
+    def slope(self, u: Tensor) -> Tensor:
+        # Far out, e^u would be infinite and the exponent's gradient NaN; the slope is 0 long before.
+        return torch.exp(self.decay + self.power * u - self.decay * torch.exp(u.clamp(max=40.0)))
