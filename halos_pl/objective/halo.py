@@ -53,7 +53,7 @@ class TermContext:
 
     Attributes:
         sign: float [n], a of each row of the step.
-        weight: float [n], w of each row, with the row's own weight; 0 for mismatched rows; [n, T] if it differs by token.
+        weight: float [n], w of each row, with its own weight; 0 for mismatched rows; [n, T] if it differs by token.
         denominator: float scalar, summed over all ranks.
         reference_point: z0, without gradient; None if it is computed with each micro-batch.
         scale: float [n] or [n, T], factor of each outcome before v; None for 1.
