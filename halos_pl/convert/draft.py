@@ -47,7 +47,7 @@ class Draft:
                 yield f"{indent}{name}:"
                 yield from self._lines(value, place)
             else:
-                flow = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
+                flow = yaml.dump(value, Dumper=yaml.CSafeDumper, default_flow_style=True, width=2**30, sort_keys=False)
                 origin = self._origins.get(place)
                 written = flow.removesuffix("\n").removesuffix("\n...")
                 yield f"{indent}{name}: {written}{f'  # {origin}' if origin else ''}"

@@ -211,7 +211,7 @@ def _fill_training(run: Run, draft: Draft) -> None:
     if parts < 1 or size % (parts * run.devices):
         raise run.error(
             "model.batch_size",
-            f"{size} must be a multiple of gradient_accumulation_steps * devices, {parts} * {run.devices}",
+            f"{size} must be a multiple of model.gradient_accumulation_steps * devices, {parts} * {run.devices}",
         )
     rows = run.trainer in _ON_ROWS
     draft.set("data.batch_size", size, f"model.batch_size, in {'rows' if rows else 'pairs'}")

@@ -128,9 +128,8 @@ class Run:
         """Notes the settings that were given but have no effect on this run."""
         for key, value in self.given.items():
             setting = self.table.settings[key]
-            if not (
-                setting.note or setting.refuse or key in self._used or value == self.table.default(key, self.trainer)
-            ):
+            is_default = value == self.table.default(key, self.trainer)
+            if not (setting.note or setting.refuse or key in self._used or is_default):
                 self.note(key, "it has no effect on this run")
 
 

@@ -121,7 +121,7 @@ def _warmup(run: Run) -> float:
     else:
         raise run.error(
             "warmup_steps",
-            f"it is {warmup:g}, but the length of the run is not in the config; give warmup_ratio, a share",
+            f"it is {warmup:g}, but the config has no max_steps; add it, or give a share of the run, below 1",
         )
     if not 0 <= share <= 1:
         raise run.error("warmup_steps", f"the warm-up would take {share:g} of the run; it must be a share from 0 to 1")

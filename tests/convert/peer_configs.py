@@ -225,12 +225,17 @@ _PAIRED = {
     "simpo": {"beta": 10.0, "gamma_beta_ratio": 0.3, "trainer": "SimPOTrainer"},
     "bradley-terry": {"trainer": "BradleyTerryTrainer"},
 }
+PEERS = peers()
 HALOS_LOSSES = ("kto", "csft", *_PAIRED)
 #: Words of its scripts, such as scripts/launch_llama_instruct_kto.sh.
 WORDS = (
     "model=llama train_datasets=[ultrabin] test_datasets=[ultrabin] exp_name=mine ++cache_dir=/models"
     " ++model.name_or_path=meta-llama/Meta-Llama-3-8B ++lr=1e-6 ++n_examples=20_000 ++model.batch_size=64"
 )
+
+
+def _dump(content: Any) -> str:
+    return str(yaml.dump(content, Dumper=yaml.CSafeDumper))
 
 
 def write_halos(folder: Path) -> Path:
@@ -240,7 +245,7 @@ def write_halos(folder: Path) -> Path:
         path = folder / f"{name}.yaml"
         path.parent.mkdir(exist_ok=True)
         more = {"sync_reference": False} if name.startswith("loss/") else {}
-        path.write_text(yaml.safe_dump(content | more))
+        path.write_text(_dump(content | more))
     return folder / "config.yaml"
 
 
@@ -248,13 +253,13 @@ def write_recipe(folder: Path, content: dict[str, Any]) -> Path:
     """A recipe of LLaMA-Factory and its dataset_info.json in a folder, which the recipe names."""
     (folder / "dataset_info.json").write_text(json.dumps(DATASETS))
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"dataset_dir": str(folder)} | content))
+    path.write_text(_dump({"dataset_dir": str(folder)} | content))
     return path
 
 
 def write(folder: Path, content: dict[str, Any]) -> Path:
     path = folder / "peer.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(_dump(content))
     return path
 
 
@@ -262,5 +267,5 @@ def converted(
     word: str, path: Path, *, trainer: str | None = None, overrides: str = "", devices: int = 1
 ) -> tuple[dict[str, Any], list[str]]:
     """The converted config, and its notes."""
-    found = peers()[word].convert(path, overrides=overrides, trainer=trainer, devices=devices)
-    return yaml.safe_load(found.text), found.notes
+    found = PEERS[word].convert(path, overrides=overrides, trainer=trainer, devices=devices)
+    return yaml.load(found.text, Loader=yaml.CSafeLoader), found.notes
