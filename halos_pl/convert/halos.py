@@ -68,8 +68,10 @@ class HALOs(Peer):
         return name
 
     def fill(self, run: Run, draft: Draft) -> None:
-        for key in ("loss.trainer", "loss.dataloader", "model.block_name"):  # they follow from the loss and the model
+        for key in ("loss.trainer", "model.block_name"):  # they follow from the loss and the model
             run.value(key)
+        if run.value("loss.dataloader") is not None:
+            run.choice("loss.dataloader", [_LOADERS.get(run.trainer, "PairedPreferenceDataLoader")])
         for key, value in section(_loss(run)).items():
             draft.set(f"model.{key}", value)
         _fill_reference(run, draft)
@@ -145,8 +147,9 @@ _LOSSES: dict[str, Callable[[Run], list[Term]]] = {
     "BradleyTerryTrainer": lambda run: terms("bradley_terry"),
     "SFTTrainer": lambda run: terms("csft"),
 }
+#: Those that do not read pairs.
+_LOADERS = {"KTOTrainer": "UnpairedPreferenceDataLoader", "SFTTrainer": "ConditionalSFTDataLoader"}
 _CLAMPED = ("KTOTrainer", "DPOTrainer", "CDPOTrainer")
-_ON_ROWS = ("KTOTrainer", "SFTTrainer")
 
 
 def _loss(run: Run) -> list[Term]:
@@ -213,7 +216,7 @@ def _fill_training(run: Run, draft: Draft) -> None:
             "model.batch_size",
             f"{size} must be a multiple of model.gradient_accumulation_steps * devices, {parts} * {run.devices}",
         )
-    rows = run.trainer in _ON_ROWS
+    rows = run.trainer in _LOADERS
     draft.set("data.batch_size", size, f"model.batch_size, in {'rows' if rows else 'pairs'}")
     draft.set("model.micro_batch_rows", size // (parts * run.devices) * (1 if rows else 2), "batch_size / accumulation")
     run.note("devices", f"micro_batch_rows is for {run.devices} device(s); --devices tells how many there were")

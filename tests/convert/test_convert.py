@@ -66,8 +66,8 @@ FEW = {
     "save_strategy": {"save_strategy": "epoch"},
     "f_divergence_type": {"f_divergence_type": "js_divergence"},
 }
-#: The names of a library's own settings that are given, whatever their value.
-IDENTITY = {"stage", "defaults", "loss.trainer"}
+#: Settings that choose the trainer, or follow from the model.
+IDENTITY = {"stage", "loss.trainer", "model.block_name"}
 
 
 @pytest.mark.parametrize(("word", "trainer"), [*OFTEN, *(pytest.param(*run, marks=pytest.mark.slow) for run in RARELY)])
@@ -83,7 +83,8 @@ def test_every_setting_is_used_or_noted_or_refused(make, word, trainer):
             with pytest.raises(ConvertError, match=key):
                 make(word, trainer, **{key: setting.default})
             continue
-        for value in others(whole.default(key, kind)):
+        default = whole.default(key, kind)
+        for value in (*others(default), default):  # a recipe may give another than the default
             more = FEW.get(key, {key: value})
             if word == "llamafactory" and "eval_strategy" in more:
                 more = more | {"eval_dataset": LLAMAFACTORY[trainer]["dataset"]}
