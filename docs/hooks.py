@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 import os
 import re
 import sys
@@ -29,10 +30,12 @@ import halos_pl.objective.rewards
 import halos_pl.policy.reference
 import value_functions
 from halos_pl.batch import Labels, Needs
+from halos_pl.cli.convert import peers
 from halos_pl.cli.help_page import COMMANDS
 from halos_pl.cli.main import main
 from halos_pl.conformance.clause import EXPLANATIONS
 from halos_pl.conformance.explain import CLAUSES, code
+from halos_pl.convert.table import table
 from halos_pl.data.transforms import Transform
 from halos_pl.evaluation.metrics import METRICS
 from halos_pl.objective.build import load_objective
@@ -309,6 +312,24 @@ KINDS: list[tuple[str, str, type, Any, str]] = [
 ]
 
 
+def convert_page() -> str:
+    """Every setting of the libraries that ``halos convert`` reads: its default, and what becomes of it."""
+    lines = [
+        "# Converted settings\n",
+        "[`halos convert`](../howto/convert.md) reads these settings. Those marked *converted* are used; the others "
+        "are noted or refused if their value is not the default.\n",
+    ]
+    for peer in peers().values():
+        whole = table(*peer.tables)
+        lines.append(f"## {peer.title}\n\nRead from {whole.version}.\n\n| setting | default | |\n|---|---|---|")
+        for key, each in whole.settings.items():
+            meaning = f"error: {each.refuse}" if each.refuse else each.note or "*converted*"
+            only = f" ({', '.join(each.only)})" if each.only else ""
+            lines.append(f"| `{key}`{only} | `{json.dumps(each.default)}` | {meaning} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def pages() -> Iterator[tuple[str, str | bytes]]:
     """Every generated file of the site: its path relative to docs/, and its content."""
     plots: dict[type, Callable[[type], bytes]] = {
@@ -341,6 +362,7 @@ def pages() -> Iterator[tuple[str, str | bytes]]:
     yield "reference/objectives.md", "\n".join(sections)
     yield "reference/cli.md", cli_page()
     yield "reference/clauses.md", clauses_page()
+    yield "reference/convert.md", convert_page()
     yield "reference/evaluation_metrics.md", evaluation_metrics_page()
     for path in sorted((ROOT / "docs" / "notebooks").glob("*.py")):
         page, figures = notebook_page(path.stem, path.read_text(encoding="utf-8"))

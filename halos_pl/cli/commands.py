@@ -31,6 +31,7 @@ TOOLS = {
     "verify": "halos_pl.cli.verify:verify",
     "plan": "halos_pl.cli.plan:plan",
     "collect": "halos_pl.collect.command:collect",
+    "convert": "halos_pl.cli.convert:convert",
     "objectives": "halos_pl.cli.objectives:objectives",
     "new": "halos_pl.cli.new:new",
 }

@@ -23,6 +23,7 @@ COMMANDS = {
     "check": "Check a loss, or a part of one, against the definition of human-aware losses.",
     "prove": "Prove that a value function never falls and is concave on gains, on the whole real line.",
     "verify": "Check a certificate of halos prove, without the prover.",
+    "convert": "Turn a config of TRL, LLaMA-Factory or the HALOs code into one of halos fit.",
     "plan": "Show what a run will take: parameters, memory, tokens, the cards that it fits.",
     "objectives": "List the shipped losses with formula, needs and verdict.",
     "new": "Write a skeleton of a plug-in or a loss, with its test.",

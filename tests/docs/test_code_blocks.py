@@ -160,7 +160,8 @@ def quick(words: list[str]) -> bool:
 def test_commands_parse(folder, page):
     write_files(page, folder)
     for block, words in halos(page):
-        if quick(words):
+        # What a config is converted to, a later command takes.
+        if quick(words) or (words[0] == "convert" and not block.note.startswith("not run")):
             code, said = status(words)
             assert code == wanted(block), f"{block}: halos {' '.join(words)}\n{said}"
         elif words[0] == "check":

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from family_runs import FILES, objective
+from run_halos import ROOT
 from transformers import AutoTokenizer
 from trl_parity import flat, models, settings, short_pairs
 
@@ -327,3 +328,19 @@ def test_equals_the_grpo_trainers(peers, name, beta):
     inputs |= {"old_per_token_logps": old, "ref_per_token_logps": old}
     trainer.current_gradient_accumulation_steps = 1
     assert_equal(peers.ours(name, rows), gradient_of(trainer._compute_loss(peers.policy, inputs), peers.policy))
+
+
+@pytest.mark.parametrize("name", [name for name in DPO if name != "tr_dpo"])
+def test_a_converted_config_has_the_file_that_is_compared(tmp_path, name):
+    """``halos convert`` names the objective that the tests above hold to TRL's loss type."""
+    import yaml
+
+    from halos_pl.cli.convert import peers
+
+    (kind, more), path = DPO[name], tmp_path / "dpo.yaml"
+    path.write_text(yaml.safe_dump({"model_name_or_path": "m", "loss_type": [kind], **more}))
+    made = yaml.safe_load(peers()["trl"].convert(path, overrides="", trainer="dpo", devices=1).text)["model"]
+    shipped = yaml.safe_load((ROOT / f"experiments/objectives/{name}.yaml").read_text())["model"]
+    assert {key: made[key] for key in shipped if key != "reference_model"} == {
+        key: value for key, value in shipped.items() if key != "reference_model"
+    }
