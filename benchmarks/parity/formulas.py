@@ -15,7 +15,7 @@ def smoothed(x: Tensor, epsilon: float = 0.0) -> Tensor:
 
 
 def kto_of_rows(batch: Batch, r: Tensor, z0: Tensor, beta: float, desirable: float, undesirable: float) -> Tensor:
-    """[2 * pairs], w (1 - sigmoid(beta (r - z0))) of desirable and w (1 - sigmoid(beta (z0 - r))) of undesirable rows."""
+    """[2 * pairs], w (1 - sigmoid(beta u)) of desirable, w (1 - sigmoid(-beta u)) of undesirable rows; u = r - z0."""
     good = desirable * (1 - torch.sigmoid(beta * (r[batch.good] - z0)))
     bad = undesirable * (1 - torch.sigmoid(beta * (z0 - r[batch.bad])))
     return torch.cat([good, bad])

@@ -43,4 +43,6 @@ class Library:
         """Address of ``FILE:LINE`` or ``FILE:FIRST-LAST``."""
         file, _, lines = place.partition(":")
         first, _, last = lines.partition("-")
-        return f"https://github.com/{self.repository}/blob/{self.revision}/{file}#L{first}" + (f"-L{last}" if last else "")
+        return f"https://github.com/{self.repository}/blob/{self.revision}/{file}#L{first}" + (
+            f"-L{last}" if last else ""
+        )

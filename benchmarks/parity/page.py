@@ -59,7 +59,9 @@ def page(rows: Sequence[Row], numbers: Mapping[str, Any]) -> str:
     of_libraries = libraries()
     matrix = []
     for loss in headings():
-        cells = [_signs([row for row in rows if (row.loss, row.library) == (loss, name)], numbers) for name in of_libraries]
+        cells = [
+            _signs([row for row in rows if (row.loss, row.library) == (loss, name)], numbers) for name in of_libraries
+        ]
         matrix.append(f"| [{loss}](#{_anchor(loss)}) | {' | '.join(cells)} |")
     sections = [
         INTRODUCTION.format(

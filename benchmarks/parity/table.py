@@ -39,7 +39,8 @@ class Ours:
             objective = load_objective(self.objective, deepcopy(self.changes)).train()  # the parser changes them
             if after is not None:
                 objective(after.rows(objective.needs))
-            return objective(batch.rows(objective.needs)).loss
+            loss: Tensor = objective(batch.rows(objective.needs)).loss
+            return loss
 
         return of
 
@@ -110,7 +111,9 @@ def table() -> list[Row]:
         for entry in content["rows"]:
             name = f"table.yaml: {loss}: {entry.get('name')}"
             given = {"ours": [], **entry}
-            given["ours"] = tuple(Ours(o) if isinstance(o, str) else Ours(*next(iter(o.items()))) for o in given["ours"])
+            given["ours"] = tuple(
+                Ours(o) if isinstance(o, str) else Ours(*next(iter(o.items()))) for o in given["ours"]
+            )
             try:
                 row = Row(loss=loss, **given)
             except TypeError as error:

@@ -20,7 +20,7 @@ from parity.library import Library
 
 LIBRARY = Library("TRL", "huggingface/trl", "v1.16.0", package="trl", version="1.16.0")
 
-DPO = {
+DPO: dict[str, Any] = {
     "beta": 0.1,
     "label_smoothing": 0.0,
     "f_divergence_type": "reverse_kl",
@@ -28,9 +28,16 @@ DPO = {
     "ld_alpha": None,
     "use_weighting": False,
 }
-KTO = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "loss_type": "kto"}
-CPO = {"beta": 0.1, "label_smoothing": 0.0, "simpo_gamma": 0.5, "cpo_alpha": 1.0, "alpha": 0.0, "loss_type": "sigmoid"}
-GRPO = {
+KTO: dict[str, Any] = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "loss_type": "kto"}
+CPO: dict[str, Any] = {
+    "beta": 0.1,
+    "label_smoothing": 0.0,
+    "simpo_gamma": 0.5,
+    "cpo_alpha": 1.0,
+    "alpha": 0.0,
+    "loss_type": "sigmoid",
+}
+GRPO: dict[str, Any] = {
     "beta": 0.04,
     "epsilon_low": 0.2,
     "epsilon_high": 0.2,
@@ -101,7 +108,7 @@ def _reference(batch: Batch) -> Tensor:
 
 
 def _masks(batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Long [m, 1 + PROMPT + T]: which tokens are there, the first of them without log-prob, and which are completion."""
+    """Long [m, 1 + PROMPT + T]: which tokens are there, and which are completion; the first one has no log-prob."""
     before = torch.ones(len(rows), 1 + PROMPT, dtype=torch.long)
     mask = batch.mask[rows].long()
     return torch.cat([before, mask], dim=1), torch.cat([0 * before, mask], dim=1)
@@ -182,7 +189,7 @@ def _kto(batch: Batch, constants: dict[str, Any]) -> Tensor:
 
 
 def _sides(batch: Batch) -> dict[str, Tensor]:
-    inputs = {}
+    inputs: dict[str, Tensor] = {}
     for side, rows in (("chosen", batch.good), ("rejected", batch.bad)):
         there, completion = _masks(batch, rows)
         inputs |= {
@@ -225,8 +232,6 @@ def reward(batch: Batch, *, margin: bool = False, center_rewards_coefficient: fl
         inputs["margin"] = batch.margin(batch.labels.score)
     loss: Tensor = trainer.compute_loss(model, inputs)
     return loss
-
-
 
 
 def grpo(batch: Batch, *, advantage: str = "group", use_bias_correction_kl: bool = True, **constants: Any) -> Tensor:
