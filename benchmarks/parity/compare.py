@@ -37,8 +37,9 @@ class Difference:
         theirs, ours: the two losses.
         gradient: norm of the difference of the gradients, divided by the norm of ours.
         scale: what our gradient is multiplied with to come closest to theirs.
-        kind: ``equal``: loss and gradient are; ``offset``: the gradient is, the loss differs by a constant; ``scale``:
-            their gradient is ours times ``scale``; ``other``: the gradients have different directions.
+        kind: ``equal``: loss and gradient are; ``offset``: the gradient is, the loss is not, which differs by a
+            constant or by a part without gradient; ``scale``: their gradient is ours times ``scale``; ``other``: the
+            gradients have different directions.
     """
 
     theirs: float

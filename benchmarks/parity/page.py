@@ -23,7 +23,8 @@ in the log-prob of every token. Constants are those of our files, such as β = 0
 `make parity` computes everything again.
 
 - **equal**: loss and gradient are equal up to rounding.
-- **constant offset**: the gradient is equal, the loss differs by a number that does not depend on the policy.
+- **offset**: the gradient is equal, and the losses differ by a constant or by a part without gradient. Training is the
+  same.
 - **scale**: the gradient is ours times a number. With another learning rate, the training is the same for SGD, and
   nearly so for Adam.
 - **other loss**: the gradients have different directions. Behind it: their loss minus ours, and the norm of the
@@ -51,7 +52,7 @@ its own.
 """
 HEAD = """| library and loss | formula | mean over | per length | π_ref | compared with ours | source |
 |---|---|---|---|---|---|---|"""
-SIGNS = {"equal": "=", "offset": "= + constant", "scale": "×", "other": "≠"}
+SIGNS = {"equal": "=", "offset": "= + offset", "scale": "×", "other": "≠"}
 
 
 def page(rows: Sequence[Row], numbers: Mapping[str, Any]) -> str:
@@ -135,7 +136,7 @@ def _compared(ours: Ours, found: Mapping[str, Any]) -> str:
     apart = found["theirs"] - found["ours"]
     words = {
         "equal": "equal",
-        "offset": f"**constant offset** {apart:+.3g}",
+        "offset": f"**offset** {apart:+.3g}",
         "scale": f"**scale** × {found['scale']:.3g}",
         "other": f"**other loss** ({apart:+.3g}, {found['gradient']:.0%})",
     }
