@@ -15,7 +15,11 @@ from parity.table import Ours, Row, headings, libraries
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "docs" / "reference" / "parity.md"
 
-INTRODUCTION = """# Parity with other libraries
+INTRODUCTION = """---
+hide: [toc]
+---
+
+# Parity with other libraries
 
 Losses of the same name are often different losses. This page compares losses of other libraries with [our
 objectives](objectives.md) on the same {pairs} pairs and {mismatched} mismatched rows: the losses, and their gradients
@@ -50,8 +54,8 @@ its own.
 |---|{rule}
 {matrix}
 """
-HEAD = """| library and loss | formula | mean over | per length | π_ref | compared with ours | source |
-|---|---|---|---|---|---|---|"""
+HEAD = """| library, loss and source | formula | mean over | per length | π_ref | compared with ours |
+|---|---|---|---|---|---|"""
 SIGNS = {"equal": "=", "offset": "= + offset", "scale": "×", "other": "≠"}
 
 
@@ -113,13 +117,12 @@ def _line(row: Row, numbers: Mapping[str, Any]) -> str:
     lengths = row.lengths if isinstance(row.lengths, str) else _yes(row.lengths)
     place = f"[`{row.place.rpartition('/')[2]}`]({library.link(row.place)})"
     cells = [
-        f"**{library.title}** {row.name}",
+        f"**{library.title}** {row.name}<br>{'measured' if library.called else 'by formula'}: {place}",
         f"`{row.formula}`" + (f"<br>{row.note}" if row.note else ""),
         row.mean,
         lengths,
         _yes(numbers["reference"]),
         "<br>".join(compared),
-        f"{'measured' if library.called else 'by formula'}: {place}",
     ]
     return f"| {' | '.join(cells)} |"
 
