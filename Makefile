@@ -4,7 +4,7 @@ TORCH := 2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: quickstart install test test-slow test-docs test-install docs docs-build check lint readme results bench bench-full bench-gpu clean
+.PHONY: quickstart install test test-slow test-docs test-install docs docs-build check lint readme parity results bench bench-full bench-gpu clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python experiments/quickstart/run.py
@@ -39,6 +39,11 @@ docs-build: $(INSTALLED)
 # Recomputes the verdicts on the shipped losses: the table in the docs, and the one behind halos objectives.
 readme: $(INSTALLED)
 	$(BIN)/halos check --all --write docs/reference/verdicts.md --write experiments/objectives.json
+
+# Recomputes docs/reference/parity.md, the comparison with other libraries' losses. Rows of a library that is not
+# installed keep their numbers; for Liger-Kernel's, first: pip install --no-deps liger-kernel==0.8.5
+parity: $(INSTALLED)
+	PYTHONPATH=benchmarks $(BIN)/python -m parity
 
 # Recomputes reports, tables and figures of studies from their values.csv.gz, record.json and study.yaml.
 RESULTS ?= experiments/ablations/results
