@@ -13,9 +13,9 @@ from halos_pl.objective.rewards.base import per_row
 class PairProbability(PolicyWeight):
     """The probabilities per token of both completions of a pair, multiplied: likely pairs count more.
 
-    w = p(chosen) * p(rejected), with p = exp(mean log pi_theta per token), at most 1 (WPO, Zhou et al. 2024, eq. 2; as
-    in open-instruct). TRL 1.16 divides each token's probability by the sum of squares of all tokens' probabilities
-    (``use_weighting``), which needs the whole vocabulary.
+    w = p(chosen) * p(rejected), with p = exp(mean log pi_theta per token), at most 1 (WPO, Zhou et al. 2024, eq. 2,
+    without its alignment). TRL 1.16 aligns: it divides each token's probability by the sum of squares of all tokens'
+    probabilities (``use_weighting``), which needs the whole vocabulary.
 
     Raises:
         ValueError: when called: a row that is not mismatched has no paired completion.
