@@ -69,11 +69,12 @@ def kto(
     return torch.stack(losses).mean()
 
 
-def grpo(batch: Batch, *, beta: float = 0.04, epsilon: float = 0.2) -> Tensor:
+def grpo(batch: Batch, *, beta: float = 0.04, epsilon: float = 0.2, humanline: bool = False) -> Tensor:
     """``GRPOTrainer``."""
     ratio = batch.ratio[batch.train]
+    kept = ratio.clamp(-1.0, 1.5) if humanline else ratio
     advantage = standardised(batch, correction=0, eps=1e-2)[:, None]
-    return of_tokens(batch, clipped(ratio.exp(), advantage, epsilon) + beta * (torch.exp(-ratio) + ratio - 1))
+    return of_tokens(batch, clipped(kept.exp(), advantage, epsilon) + beta * (torch.exp(-ratio) + ratio - 1))
 
 
 def bradley_terry(batch: Batch) -> Tensor:

@@ -51,3 +51,10 @@ def policy(batch: Batch, *, group_norm: bool = True, token_level: bool = True, k
     if token_level:
         return of_tokens(batch, of_each)
     return (torch.where(batch.mask[batch.train], of_each, 0.0).sum(1) / batch.length[batch.train]).mean()
+
+
+def gspo(batch: Batch, *, low: float, high: float) -> Tensor:
+    """``PolicyLoss`` of type ``gspo``, with advantages of ``group_norm`` and no KL loss."""
+    advantage = standardised(batch, correction=1, eps=1e-9)
+    ratio = (batch.r / batch.length)[batch.train].exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage).mean()

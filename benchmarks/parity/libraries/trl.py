@@ -50,6 +50,15 @@ GRPO: dict[str, Any] = {
     "_entropy_bonus_enabled": False,
     "current_gradient_accumulation_steps": 1,
 }
+#: The defaults of SAPO and VESPO.
+GATES = {
+    "sapo_temperature_pos": 1.0,
+    "sapo_temperature_neg": 1.05,
+    "vespo_k_pos": 2.0,
+    "vespo_lambda_pos": 3.0,
+    "vespo_k_neg": 3.0,
+    "vespo_lambda_neg": 2.0,
+}
 
 
 class Model(torch.nn.Module):
@@ -234,14 +243,28 @@ def reward(batch: Batch, *, margin: bool = False, center_rewards_coefficient: fl
     return loss
 
 
-def grpo(batch: Batch, *, advantage: str = "group", use_bias_correction_kl: bool = True, **constants: Any) -> Tensor:
-    """``GRPOTrainer``, with the reference as the old policy.
-
-    Its advantages are computed before its loss: those of ``scale_rewards: group`` are written out here. ``ours`` gives
-    it our advantages, ``thumbs`` +1 and -1.
-    """
+def grpo(batch: Batch, **constants: Any) -> Tensor:
+    """``GRPOTrainer``; see :func:`_online`."""
     from trl import GRPOTrainer
 
+    return _online(GRPOTrainer, batch, **constants)
+
+
+def gmpo(batch: Batch, **constants: Any) -> Tensor:
+    """``GMPOTrainer`` of ``trl.experimental``; see :func:`_online`."""
+    from trl.experimental.gmpo import GMPOTrainer
+
+    return _online(GMPOTrainer, batch, **constants)
+
+
+def _online(
+    cls: Any, batch: Batch, *, advantage: str = "group", use_bias_correction_kl: bool = True, **constants: Any
+) -> Tensor:
+    """A trainer's loss with the reference as the old policy.
+
+    Advantages are computed before the loss: those of ``scale_rewards: group`` are written out here. ``ours`` gives
+    our advantages, ``thumbs`` +1 and -1.
+    """
     advantages = {
         "group": standardised(batch, correction=1, eps=1e-4),
         "ours": standardised(batch, correction=0, eps=1e-2),
@@ -251,9 +274,9 @@ def grpo(batch: Batch, *, advantage: str = "group", use_bias_correction_kl: bool
     ids, mask = torch.ones_like(batch.mask[rows]).long(), batch.mask[rows].long()
     logps, reference = batch.policy[rows], batch.reference[rows]
     trainer = _trainer(
-        GRPOTrainer,
+        cls,
         SimpleNamespace(training=True),
-        {"use_bias_correction_kl": use_bias_correction_kl, "delta": None, "steps_per_generation": 1},
+        {"use_bias_correction_kl": use_bias_correction_kl, "delta": None, "steps_per_generation": 1, **GATES},
         _get_per_token_logps_and_entropies=lambda *_, **__: (logps, torch.zeros_like(logps), None),
         **GRPO | constants,
     )
