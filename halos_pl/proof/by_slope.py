@@ -68,5 +68,5 @@ def no_integral(slope: Slope, seams: Sequence[float]) -> str:
                 return f"the integral of its slope from 0 to {u:.6g} is not found"
             exact[u] = total, error
     why = disagreement(v, {u: exact[u] for u in sorted(exact, key=abs)}, "as the integral of its slope")
-    missing = [seam for seam in seams if abs(seam) not in panels(tuple(v.kinks)).tolist()]
+    missing = [seam for seam in sorted(seams, key=abs) if abs(seam) not in panels(tuple(v.kinks)).tolist()]
     return f"{why}: its kinks lack {missing[0]:.9g}, where the slope switches branches" if why and missing else why
