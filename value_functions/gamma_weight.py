@@ -10,6 +10,9 @@ from torch import Tensor
 from value_functions.by_slope import BySlope
 from value_functions.ranges import POSITIVE, Range
 
+# Beyond it the slope stays as it is. e^u would be infinite and the exponent's gradient NaN; the slope is 0 long before.
+_LAST = 40.0
+
 
 class GammaWeight(BySlope):
     """v'(u) = e^(decay + power * u - decay * e^u): the weight of VESPO, 1 at u = 0.
@@ -27,11 +30,12 @@ class GammaWeight(BySlope):
     """
 
     ranges: Mapping[str, Range] = {"power": POSITIVE, "decay": POSITIVE}
+    kinks = (_LAST,)
 
     def __init__(self, *, power: float = 2.0, decay: float = 3.0) -> None:
         super().__init__()
         self.power, self.decay = self.accepted("power", power), self.accepted("decay", decay)
 
     def slope(self, u: Tensor) -> Tensor:
-        # Far out, e^u would be infinite and the exponent's gradient NaN; the slope is 0 long before.
-        return torch.exp(self.decay + self.power * u - self.decay * torch.exp(u.clamp(max=40.0)))
+        u = u.clamp(max=_LAST)
+        return torch.exp(self.decay + self.power * u - self.decay * torch.exp(u))
