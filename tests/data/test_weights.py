@@ -106,7 +106,7 @@ def test_weights_that_are_all_0_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_names_of_weights_say_what_to_do(tmp_path: Path) -> None:
-    for name in ("sample_weight", "Weight", "pairWeight", "Confidence"):
+    for name in ("sample_weight", "Weight", "pairWeight", "Confidence", "weights", "confidences"):
         assert "columns: {weight:" in fault(tmp_path, [{**ONE, name: 0.5}], column=name)
         assert found(tmp_path, [{**ONE, name: 0.5}], columns={"weight": name})[0].weighted_by == name
 
