@@ -68,6 +68,59 @@ def test_a_weight_that_is_no_weight_is_refused(number):
         PolicyWeighted(halo=dpo(), policy_weight=Given(number))(random_rows(0, 2))
 
 
+class Returning(PolicyWeight):
+    """What it is given, whatever that is."""
+
+    def __init__(self, what: Any) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
+        return self.what
+
+
+@pytest.mark.parametrize(("what", "error"), [(0.5, TypeError), (None, TypeError), (torch.ones(1), ValueError)])
+def test_what_is_no_number_for_each_row_is_refused(what, error):
+    with pytest.raises(error, match="^Returning returns"):
+        PolicyWeighted(halo=dpo(), policy_weight=Returning(what))(random_rows(0, 2))
+
+
+def test_a_weight_acts_on_the_loss_or_the_outcome():
+    with pytest.raises(ValueError, match="Given: acts_on is 'outcomes'"):
+        PolicyWeighted(halo=dpo(), policy_weight=Given(0.5, "outcomes"))  # type: ignore[arg-type]
+
+
+class Hostile(PolicyWeight):
+    """1 where a token or row counts, NaN elsewhere."""
+
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
+        counted = rows.mask & rows.labels.train[:, None]
+        return torch.where(counted if rewards.dim() > 1 else rows.labels.train, 1.0, torch.nan)
+
+
+@pytest.mark.parametrize("acts_on", ["loss", "outcome"])
+def test_numbers_outside_the_rows_tokens_do_not_matter(acts_on):
+    halo = HALO(
+        reward=TokenLogRatio(),
+        reference_point=Zero(),
+        value_function=RatioClip(high=1.2),
+        feedback=Binary(denominator="tokens"),
+        reflect_undesirable=False,
+    )
+    rows, weight = random_rows(3, 3), Hostile()
+    assert not rows.mask.all()
+    weight.acts_on = acts_on
+    objective = PolicyWeighted(halo=halo, policy_weight=weight)
+    torch.testing.assert_close(loss_and_slope(objective, rows), loss_and_slope(halo, rows))
+
+
+def test_the_gap_needs_a_reward_per_row():
+    halo = dpo()
+    halo.reward = TokenLogRatio()
+    with pytest.raises(ValueError, match="needs a reward per row"):
+        PolicyWeighted(halo=halo, policy_weight=GapTemperature())(random_rows(0, 2))
+
+
 def test_a_policy_weight_excludes_a_ratio_of_slopes_to_reach():
     halo = HALO(
         reward=LogRatio(),

@@ -13,7 +13,7 @@ from pkgutil import walk_packages
 from types import ModuleType
 from typing import Any
 
-from halos_pl.common.subclasses import every_subclass, subclasses
+from halos_pl.common.subclasses import every_subclass
 
 _CLASS = re.compile(r"^class (\w+)\(([^)]*)\)", re.MULTILINE)
 _LARGEST = 1_000_000  # bytes; a larger file is not a plug-in
@@ -43,7 +43,7 @@ def _classes_here() -> dict[str, list[tuple[Path, set[str]]]]:
 def own_plugins(base: type) -> dict[str, list[Path]]:
     """Classes in the working folder that extend ``base``, according to the text: for each name, the files with it."""
     classes = _classes_here()
-    names = {base.__name__, *(cls.__name__ for cls in subclasses(base))}
+    names = {base.__name__, *(cls.__name__ for cls in every_subclass(base))}
     plugins: dict[str, list[Path]] = {}
     while more := {
         name: [path for path, bases in places if bases & (names | plugins.keys())]

@@ -257,6 +257,8 @@ class FeedbackDataModule(LightningDataModule):
         if not len(prepared.table):
             paths = ", ".join(store.path for store in table.stores)
             raise DataError(f"{paths}: no row is left for {split}; see the counts above.")
+        if split == "train":
+            prepared.check_groups()
         return prepared
 
     @property

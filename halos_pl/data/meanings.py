@@ -32,7 +32,7 @@ COLUMNS = {
     r"documents|tool_choice|chat_template_kwargs": UNREAD,
     _THOUGHTS: ANSWER,
     "margin": MARGIN,
-    r"((row|pair|sample|example|loss|importance)_)?weight|confidence": WEIGHT,
+    r"((row|pair|sample|example|loss|importance)_)?weights?|confidences?": WEIGHT,
 }
 #: Parts of a prompt in some format; redundant beside a prompt that contains their text.
 PARTS = (

@@ -60,6 +60,7 @@ class FileCounts:
         dropped_without_loss: rows whose tokens that carry the loss all lie beyond ``max_length``.
         dropped_undesirable: undesirable rows, if the objective uses only desirable ones.
         negative_margins: pairs whose chosen completion has the lower score, if the objective compares the scores.
+        alone: rows that are the only one of their prompt, if the objective compares the rows of a prompt.
     """
 
     examples: int = 0
@@ -76,6 +77,7 @@ class FileCounts:
     dropped_without_loss: int = 0
     dropped_undesirable: int = 0
     negative_margins: int = 0
+    alone: int = 0
 
     def __str__(self) -> str:
         text = f"{self.examples} examples, {self.rows} rows ({self.desirable} desirable, "
@@ -89,6 +91,7 @@ class FileCounts:
             (self.dropped_without_loss, "rows dropped: the turn that carries the loss lies beyond max_length"),
             (self.dropped_undesirable, "rows dropped: undesirable, which the objective does not use"),
             (self.negative_margins, "pairs with a negative margin: the chosen completion may lose by that much"),
+            (self.alone, "rows alone with their prompt: the objective has nothing to compare them with"),
         )
         return "; ".join([text, *(f"{number} {what}" for number, what in notes if number)])
 
@@ -112,7 +115,7 @@ class Split:
 
     Raises:
         DataError: control tokens fill ``max_length``; the objective needs pairs or scores and a row has none; a score
-            or weight does not fit float32; or all weights of a source are 0.
+            or weight does not fit float32; or all weights of a source's rows in use are 0.
     """
 
     def __init__(
@@ -146,7 +149,8 @@ class Split:
         if needs.scores and bool((lacking := np.isnan(table.score)).any()):
             raise DataError(
                 f"{table.name(int(lacking.nonzero()[0][0]))}: the objective compares scores, but this row has none; use"
-                " data with chosen_score and rejected_score, or with a margin"
+                " data with "
+                + ("chosen_score and rejected_score, or with a margin" if needs.pairs else "a score of each completion")
             )
         if not (needs.pairs or needs.undesirable):
             self._count(table, table.label == 0, "dropped_undesirable")
@@ -172,6 +176,8 @@ class Split:
         together: Together | None = "prompts" if whole else "pairs" if needs.pairs else keep_together
         if needs.pairs and needs.scores:
             self._count(table, (table.label == 1) & (table.score < table.score[table.pair]), "negative_margins")
+        if needs.groups:
+            self._count(table, np.bincount(table.prompt, minlength=1)[table.prompt] == 1, "alone")
         self._count(table, table.label == 1, "desirable")
         self._count(table, table.label == 0, "undesirable")
         self._count(table, table.label >= 0, "rows")
@@ -184,9 +190,23 @@ class Split:
         if needs.mismatched:  # one row's prompt with another row's completion
             self.longest = int(self.prompt_length.max(initial=0) + self.completion_length.max(initial=0))
         self.longest = min(max_length, self.longest + longest_control)
+        _check_some_weight(table)
         self.table = table
         self.score = self._scores()
         self.examples = self._examples(together)
+
+    def check_groups(self) -> None:
+        """Refuses rows of which the objective has none to compare.
+
+        Raises:
+            DataError: the objective compares the rows of a prompt, and each prompt has only one.
+        """
+        if sum(counts.alone for counts in self.counts.values()) == len(self.table):
+            raise DataError(
+                f"{self.table.name(0)}: the objective compares the completions of a prompt, but each prompt of the"
+                " training data has only one; use data with several completions per prompt, or an objective for single"
+                " rows such as KTO"
+            )
 
     def _count(self, table: Table, chosen: NDArray[np.bool_], name: str) -> None:
         number = np.bincount(table.source[chosen], minlength=len(table.stores))
@@ -213,7 +233,9 @@ class Split:
         score = np.where(scored, table.score - (total / np.maximum(count, 1))[table.prompt], np.nan)
         beyond = (~np.isfinite(score[scored]) | (np.abs(score[scored]) > 1e30)).nonzero()[0]
         if len(beyond):
-            place = int(scored.nonzero()[0][beyond[0]])
+            prompt = table.prompt[scored.nonzero()[0][beyond[0]]]
+            rows = (table.prompt == prompt).nonzero()[0]  # one large score shifts the mean of the others
+            place = int(rows[np.abs(table.score[rows]).argmax()])
             raise DataError(
                 f"{table.name(place)}: the score {table.score[place]:g} does not fit float32; rescale the scores"
             )
@@ -283,13 +305,21 @@ class Split:
         return digest.hexdigest()
 
 
-def _check_weights(table: Table) -> None:
-    for store in table.stores:
-        if len(store.rows) and not store.rows["weight"].any():
+def _check_some_weight(table: Table) -> None:
+    rows, counted = (
+        np.bincount(table.source[chosen], minlength=len(table.stores))
+        for chosen in (np.ones(len(table), bool), table.weight > 0)
+    )
+    for store, number, some in zip(table.stores, rows.tolist(), counted.tolist(), strict=True):
+        if number and not some:
+            by = "the weight made by transforms" if store.weighted_by is None else f"column '{store.weighted_by}'"
             raise DataError(
-                f"{store.path}: column '{store.weighted_by}' is 0 in every row, so none would count; correct the"
-                " weights, or leave the source out"
+                f"{store.path}: {by} is 0 in every row in use, so none would count; correct the weights, or leave the"
+                " source out"
             )
+
+
+def _check_weights(table: Table) -> None:
     weight = table.weight
     with np.errstate(over="ignore", under="ignore"):
         single = weight.astype(np.float32)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import get_args
 
 import torch
+from torch import Tensor
 
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.objective.halo import HALO, Objective, Result, TermContext
 from halos_pl.objective.policy_weights import PolicyWeight
+from halos_pl.objective.policy_weights.base import ActsOn
 
 
 class PolicyWeighted(Objective):
@@ -25,9 +28,9 @@ class PolicyWeighted(Objective):
         policy_weight: w(theta), which multiplies the rows' weights or their outcomes.
 
     Raises:
-        TypeError: ``halo`` is no HALO or ``policy_weight`` no policy weight.
-        ValueError: the feedback is to set the ratio of the classes' slopes; when called: w(theta) is negative, not
-            finite or of the wrong shape.
+        TypeError: ``halo`` is no HALO or ``policy_weight`` no policy weight; when called: w(theta) is no tensor.
+        ValueError: the policy weight acts on something else, or the feedback is to set the ratio of the classes'
+            slopes; when called: w(theta) is negative, not finite or of the wrong shape.
     """
 
     def __init__(self, *, halo: HALO, policy_weight: PolicyWeight) -> None:
@@ -35,6 +38,9 @@ class PolicyWeighted(Objective):
         for name, part, kind in (("halo", halo, HALO), ("policy_weight", policy_weight, PolicyWeight)):
             if not isinstance(part, kind):
                 raise TypeError(f"PolicyWeighted: {name} is a {type(part).__name__}; it must be a {kind.__name__}")
+        if policy_weight.acts_on not in (known := get_args(ActsOn)):
+            name = type(policy_weight).__name__
+            raise ValueError(f"{name}: acts_on is {policy_weight.acts_on!r}; choose {' or '.join(known)}")
         if halo.feedback.follows_slopes:
             raise ValueError(
                 "PolicyWeighted: rho cannot be set together with a policy weight, which changes the slopes as well; set"
@@ -49,14 +55,14 @@ class PolicyWeighted(Objective):
     @torch.no_grad()
     def prepare(self, rows: LogProbBatch) -> TermContext:
         context, rewards = self.of.prepare(rows), self.of.reward(rows)
-        weight = self.policy_weight(rewards, rows).detach()
-        name = type(self.policy_weight).__name__
+        weight, name = self.policy_weight(rewards, rows), type(self.policy_weight).__name__
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name} returns a {type(weight).__name__}; return a tensor with a number for each row")
         if weight.shape not in (rewards.shape, rewards.shape[:1]):
             raise ValueError(f"{name} returns shape {tuple(weight.shape)}, not {tuple(rewards.shape)}")
-        counted = (
-            weight[rows.labels.train_index] if weight.dim() == 1 else weight[rows.mask & rows.labels.train[:, None]]
-        )
-        if not bool((counted.isfinite() & (counted >= 0)).all()):
+        counted = rows.labels.train if weight.dim() == 1 else rows.mask & rows.labels.train[:, None]
+        weight = torch.where(counted, weight.detach(), 0.0)
+        if not bool((weight.isfinite() & (weight >= 0)).all()):
             raise ValueError(f"{name} returns a weight that is negative or not finite")
         if self.policy_weight.acts_on == "outcome":
             return replace(context, scale=weight)

@@ -94,6 +94,12 @@ class GradientWatch:
             )
 
     def _why_zero(self, lr: float, figures: Mapping[str, Any]) -> str:
+        weights = [figures.get(f"outcome/weight_{side}", math.nan) for side in ("chosen", "rejected")]
+        if not any(weight > 0 for weight in weights) and not all(map(math.isnan, weights)):
+            return (
+                "nothing is learned, as no row has a weight (outcome/weight_chosen, outcome/weight_rejected). Use data"
+                " with rows of the class, or with differences of score within a prompt, that model.feedback weights"
+            )
         lower = f"lower model.optimizer.init_args.lr (it is {lr:g})"
         if not self._learned:
             lower = "the first gradient was 0 already, so the learning rate is not the cause"

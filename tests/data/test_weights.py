@@ -105,8 +105,17 @@ def test_weights_that_are_all_0_are_refused(tmp_path: Path) -> None:
     set_up(KTO, train=[{**ONE, "weight": 0}, {**other, "weight": 1e-9}], cache_dir=cache)
 
 
+def test_weights_of_the_rows_in_use_are_not_all_0() -> None:
+    """The rows that count may all be dropped: here, by an objective that only imitates."""
+    table = reweighted(singles([1, 0]), [0.0, 1.0])
+    with pytest.raises(DataError, match=r"^f\.jsonl: "):
+        Split(table, Needs(), max_length=10)
+    Split(table, Needs(undesirable=True), max_length=10)
+    Split(reweighted(singles([1, 0]), [1.0, 0.0]), Needs(), max_length=10)
+
+
 def test_other_names_of_weights_say_what_to_do(tmp_path: Path) -> None:
-    for name in ("sample_weight", "Weight", "pairWeight", "Confidence"):
+    for name in ("sample_weight", "Weight", "pairWeight", "Confidence", "weights", "confidences"):
         assert "columns: {weight:" in fault(tmp_path, [{**ONE, name: 0.5}], column=name)
         assert found(tmp_path, [{**ONE, name: 0.5}], columns={"weight": name})[0].weighted_by == name
 

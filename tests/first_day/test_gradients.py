@@ -109,6 +109,16 @@ def test_no_gradient_from_the_start_is_not_the_learning_rates_fault() -> None:
 
 
 @pytest.mark.parametrize(
+    "weights", [{"chosen": 0.0}, {"chosen": 0.0, "rejected": math.nan}, {"chosen": 0.0, "rejected": 0.0}]
+)
+def test_no_gradient_without_a_weight_is_a_matter_of_feedback_and_data(weights: dict[str, float]) -> None:
+    (said,) = seen(0.0, 0.0, **{f"outcome/weight_{side}": weight for side, weight in weights.items()})
+    assert "feedback" in said
+    (said,) = seen(0.0, 0.0, **{f"outcome/weight_{side}": 1.0 for side in weights})
+    assert "feedback" not in said
+
+
+@pytest.mark.parametrize(
     ("norms", "clip", "count"),
     [
         ([20.0] * (CLIPPED - 1) + [1.0], 10.0, 0),

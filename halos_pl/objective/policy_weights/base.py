@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from halos_pl.batch import LogProbBatch, Needs
 from value_functions.discovery import Declared
 
+ActsOn = Literal["loss", "outcome"]
+
 
 class PolicyWeight(nn.Module, Declared, ABC):
     """A number for each row, or each token, that depends on the policy and has no gradient.
@@ -26,7 +28,7 @@ class PolicyWeight(nn.Module, Declared, ABC):
         violates: clause to reason; see :class:`~value_functions.discovery.Declared`.
     """
 
-    acts_on: Literal["loss", "outcome"] = "loss"
+    acts_on: ActsOn = "loss"
     needs: Needs = Needs()
 
     @abstractmethod

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch, Needs
-from halos_pl.objective.policy_weights.base import PolicyWeight
+from halos_pl.objective.policy_weights.base import ActsOn, PolicyWeight
 from halos_pl.objective.reference_points.base import MeanOverRanks
 
 
@@ -25,10 +23,11 @@ class GapTemperature(PolicyWeight):
         least: lower bound of the factor, above 0.
 
     Raises:
-        ValueError: an argument is outside its range; when called: a row has no paired completion.
+        ValueError: an argument is outside its range; when called: a row has no paired completion, or the reward is one
+            number per token.
     """
 
-    acts_on: Literal["loss", "outcome"] = "outcome"
+    acts_on: ActsOn = "outcome"
     needs = Needs(pairs=True)
 
     def __init__(self, *, rate: float = 0.6, momentum: float = 0.9, least: float = 0.01) -> None:
@@ -49,6 +48,8 @@ class GapTemperature(PolicyWeight):
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
         if rows.labels.unpaired:
             raise ValueError("GapTemperature: a row has no paired completion; use data with chosen and rejected")
+        if rewards.dim() > 1:  # a mean over them would depend on padding
+            raise ValueError("GapTemperature compares rewards of rows, so it needs a reward per row, such as LogRatio")
         chosen = (rows.labels.desirable & rows.labels.train).nonzero().squeeze(1)
         of_step = MeanOverRanks(rewards[chosen] - rewards[rows.labels.pair[chosen]])
         gap = float(of_step.mean)
