@@ -316,3 +316,26 @@ def fipo(step: Step) -> Tensor:
         running = 2 ** (-1 / 32) * running + torch.where(step.mask[:, t], step.token_ratio[:, t].detach(), 0.0)
         ahead[:, t] = running
     return over_tokens(step, ahead.exp().clamp(1.0, 1.2) * hard_clip(step, torch.exp(step.token_ratio)))
+
+
+@loss(
+    "real",
+    data="groups",
+    reaches={"several of one class": lambda step: bool((of_one_class(step) > 1).any())},
+)
+def real(step: Step) -> Tensor:
+    """arXiv 2602.05630, tau = .5: a prompt at a time; without both classes, a prompt has no loss."""
+    prompts = step.prompt[step.train].unique()
+    total = torch.zeros((), dtype=step.policy.dtype)
+    for prompt in prompts:
+        good, bad = (step.train & (step.prompt == prompt) & side for side in (step.desirable, ~step.desirable))
+        if good.any() and bad.any():
+            s = step.r / step.length / 0.5
+            total = total + torch.log1p(torch.exp(-s[good]).sum()) + torch.log1p(torch.exp(s[bad]).sum())
+    return total / len(prompts)
+
+
+def of_one_class(step: Step) -> Tensor:
+    """Number of rows of the prompt and class of each row, [n]."""
+    same = (step.prompt[:, None] == step.prompt) & (step.desirable[:, None] == step.desirable) & step.train
+    return same.sum(1)
