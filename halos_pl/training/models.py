@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+import halos_pl.policy.moving_reference  # noqa: F401  # its classes are found by their bare names
 from halos_pl.batch import Needs
 from halos_pl.policy.adapters import chain
 from halos_pl.policy.architecture import base_model, has_adapter, noise_settings
@@ -65,6 +66,12 @@ class Models:
             raise ValueError(
                 f"model.prefix_sharing is always, which needs sdpa attention, but model.policy.attn_implementation is"
                 f" {self.spec.attn_implementation}; choose auto or never"
+            )
+        if needs.exact_kl and not self.reference_model.one_model:
+            raise ValueError(
+                f"{type(self.reference_model).__name__} is a mean of several models and no distribution, but the"
+                " reference point needs a KL divergence over the whole vocabulary; choose another"
+                " model.reference_point, such as MismatchedKL"
             )
         if reference_store and not self.reference_model.storable and self.can_compare:
             raise ValueError(

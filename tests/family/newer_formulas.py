@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from math import e, exp, expm1, gamma, log
 
 import torch
-from formulas import BETA, Step, advantage, every_second_step, loss, over_rows, sigma, some
+from formulas import BETA, Shares, Step, Weights, advantage, every_second_step, loss, over_rows, sigma, some
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -130,6 +130,18 @@ def beta_dpo(step: Step, past: Sequence[Step]) -> Tensor:
 
 
 # -- scores ----------------------------------------------------------------------------------------------------
+
+
+def past_policies(weights: Sequence[Weights]) -> Shares:
+    """A third of the start and the mean of the two last of the policies after steps 0, 0, 2, 4, ..."""
+    past = [weights[0], weights[0], *weights[2::2]]
+    return [(0.3333, weights[0]), *((0.6667 / 2, each) for each in past[-2:])]
+
+
+@loss("mnpo", reference=past_policies)
+def mnpo(step: Step) -> Tensor:
+    """arXiv 2509.23102, eta = .0075."""
+    return (step.margin(step.r) - 1 / (2 * 0.0075)).square().mean()
 
 
 @loss("rebel", data="scored_pairs")
