@@ -40,7 +40,7 @@ from halos_pl.policy.reference import AdapterOff, FixedModel, FrozenCopy, NoRefe
 from halos_pl.policy.sampling import sample_tokens
 from halos_pl.policy.scorer import Scorer
 from halos_pl.policy.self_test import padding_fault
-from halos_pl.training.engine import _Step
+from halos_pl.training.engine import StepEngine, _Step
 from halos_pl.training.metrics import Means, reward_figures
 from halos_pl.training.module import HALOModule
 from halos_pl.training.non_finite import NonFiniteLossError
@@ -308,6 +308,8 @@ def test_past_policies_refuse_what_they_cannot_be(tiny_folder):
     past, of_tokens = PastPolicies(every=1, keep=1, start=0.5), load_objective("kto", {"reference_point": "TokenKL"})
     with pytest.raises(ValueError, match="PastPolicies"):
         HALOModule(ModelSpec(str(tiny_folder)), past, extra_terms=[of_tokens])
+    with pytest.raises(ValueError, match="PastPolicies"):
+        StepEngine(of_tokens, Scorer(load_model(ModelSpec(str(tiny_folder)))), past)
 
 
 def test_a_synced_reference_does_not_lose_small_moves_in_half_precision(tiny_folder):

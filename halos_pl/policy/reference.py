@@ -11,7 +11,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from halos_pl.batch import TokenBatch
+from halos_pl.batch import Needs, TokenBatch
 from halos_pl.policy.architecture import (
     adapter_off,
     base_model,
@@ -45,9 +45,11 @@ class Reference(ABC):
     """Gives log pi_ref of rows.
 
     Attributes:
+        one_model: whether it is a single model, so that its probabilities sum to 1.
         rows_computed: number of rows that it has scored.
     """
 
+    one_model = True
     rows_computed = 0
 
     @abstractmethod
@@ -61,6 +63,19 @@ class Reference(ABC):
         with self.scoring() as scorer:
             logps: Tensor = scorer(batch)
             return logps
+
+
+def check_divergence(reference: object, needs: Needs) -> None:
+    """Refuses a reference of several models where a KL divergence over the whole vocabulary is needed.
+
+    Raises:
+        ValueError: names the class of ``reference``.
+    """
+    if needs.exact_kl and not getattr(reference, "one_model", True):
+        raise ValueError(
+            f"{type(reference).__name__} is a mean of several models and no distribution, but the reference point needs"
+            " a KL divergence over the whole vocabulary; choose another reference_point, such as MismatchedKL"
+        )
 
 
 class FixedModel(Reference):
@@ -91,13 +106,11 @@ class ReferenceModel(Reference):
 
     Attributes:
         initial: whether it is, and stays, the policy before training.
-        one_model: whether it is a single model, so that its probabilities sum to 1.
         storable: whether its log-probs can be stored for other runs: it never changes, and has a ``fingerprint``.
         fingerprint: hash of its weights as loaded; set by ``bind`` with ``stored``, if ``storable``.
     """
 
     initial = False
-    one_model = True
     storable = False
     fingerprint: str
 
