@@ -81,7 +81,7 @@ class Returning(PolicyWeight):
 
 @pytest.mark.parametrize(("what", "error"), [(0.5, TypeError), (None, TypeError), (torch.ones(1), ValueError)])
 def test_what_is_no_number_for_each_row_is_refused(what, error):
-    with pytest.raises(error, match="^Returning returns"):
+    with pytest.raises(error, match=r"^Returning returns"):
         PolicyWeighted(halo=dpo(), policy_weight=Returning(what))(random_rows(0, 2))
 
 
