@@ -28,8 +28,8 @@ def npo(step: Step) -> Tensor:
 
 @loss("simnpo", data="rows", uses_reference=False)
 def simnpo(step: Step) -> Tensor:
-    """Fan et al. 2024, eq. 5, beta = 2.5, gamma = 0."""
-    return bad_rows(step, -2 / 2.5 * logsigmoid(-2.5 * step.logp / step.length))
+    """Fan et al. 2024, eq. 5, beta = .1, gamma = 0."""
+    return bad_rows(step, -2 / BETA * logsigmoid(-BETA * step.logp / step.length))
 
 
 @loss("kto_surprisal", data="rows", uses_reference=False)
