@@ -26,6 +26,10 @@ class BySlope(ValueFunction):
 
     A subclass defines ``slope`` instead of ``forward``, and has no learnable parameters.
 
+    Raises:
+        TypeError: when called: there are parameters to learn.
+        ValueError: when called: ``slope`` does not return a tensor of the shape of u.
+
     Attributes:
         kinks: outcomes, in nats, at which the slope jumps or bends; panels end there.
     """
@@ -41,8 +45,15 @@ class BySlope(ValueFunction):
             raise TypeError(
                 f"{type(self).__name__}: a value function given by its slope cannot have parameters to learn"
             )
-        value: Tensor = _Integral.apply(u, self.slope, tuple(self.kinks))  # type: ignore[no-untyped-call]
+        value: Tensor = _Integral.apply(u, self._slope, tuple(self.kinks))  # type: ignore[no-untyped-call]
         return value
+
+    def _slope(self, u: Tensor) -> Tensor:
+        slope: Any = self.slope(u)
+        if getattr(slope, "shape", None) != u.shape:
+            what = f"shape {tuple(slope.shape)}" if isinstance(slope, Tensor) else f"a {type(slope).__name__}"
+            raise ValueError(f"{type(self).__name__}: slope returns {what}, not a tensor of shape {tuple(u.shape)}")
+        return slope
 
 
 class _Integral(torch.autograd.Function):
