@@ -50,7 +50,7 @@ class BySlope(ValueFunction):
 
     def _slope(self, u: Tensor) -> Tensor:
         slope: Any = self.slope(u)
-        if getattr(slope, "shape", None) != u.shape:
+        if not isinstance(slope, Tensor) or slope.shape != u.shape:
             what = f"shape {tuple(slope.shape)}" if isinstance(slope, Tensor) else f"a {type(slope).__name__}"
             raise ValueError(f"{type(self).__name__}: slope returns {what}, not a tensor of shape {tuple(u.shape)}")
         return slope
