@@ -27,6 +27,7 @@ import halos_pl.objective.feedback
 import halos_pl.objective.policy_weights
 import halos_pl.objective.reference_points
 import halos_pl.objective.rewards
+import halos_pl.policy.moving_reference
 import halos_pl.policy.reference
 import value_functions
 from halos_pl.batch import Labels, Needs
@@ -61,9 +62,10 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def plugins(kind: type, module: Any) -> list[type]:
-    """The concrete classes of a kind in ``module``, sorted by name."""
-    classes = {value for _, value in inspect.getmembers(module, inspect.isclass) if issubclass(value, kind)}
+def plugins(kind: type, *modules: Any) -> list[type]:
+    """The concrete classes of a kind in ``modules``, sorted by name."""
+    known = [value for module in modules for _, value in inspect.getmembers(module, inspect.isclass)]
+    classes = {value for value in known if issubclass(value, kind)}
     if kind is ValueFunction:
         classes = {getattr(value_functions, name) for name in value_functions.__all__}
     return sorted((cls for cls in classes if not inspect.isabstract(cls)), key=lambda cls: cls.__name__)
@@ -247,7 +249,7 @@ KINDS: list[tuple[str, str, type, Any, str]] = [
         "value_functions",
         "Value functions",
         ValueFunction,
-        value_functions,
+        (value_functions,),
         "v(u) is the value of an outcome u = r − z0. In a HALO, v is non-decreasing everywhere and concave on gains "
         "(u > 0). Each plot shows v for outcomes of up to 40 nats.",
     ),
@@ -255,7 +257,7 @@ KINDS: list[tuple[str, str, type, Any, str]] = [
         "reference_points",
         "Reference points",
         ReferencePoint,
-        halos_pl.objective.reference_points,
+        (halos_pl.objective.reference_points,),
         "The reward of a row is compared with [z0](../concepts/reference_point.md). Each plot shows z0 of the first "
         "row of one fixed step (four pairs and four mismatched rows) as all rewards of the step rise together: a slope "
         "of 1 means that z0 follows the rewards, a slope of 0 that it does not.",
@@ -264,7 +266,7 @@ KINDS: list[tuple[str, str, type, Any, str]] = [
         "rewards",
         "Rewards",
         Reward,
-        halos_pl.objective.rewards,
+        (halos_pl.objective.rewards,),
         "r(x, y) measures how much more likely the policy makes a completion than the reference does. Each plot shows "
         "r of a one-token completion against its log-ratio. If the reward needs a pair, the other completion has the "
         "same log-prob under policy and reference.",
@@ -273,7 +275,7 @@ KINDS: list[tuple[str, str, type, Any, str]] = [
         "feedback",
         "Feedback",
         Feedback,
-        halos_pl.objective.feedback,
+        (halos_pl.objective.feedback,),
         "Feedback gives each row a sign a and a weight w, and the denominator of the loss. Each table shows the same "
         "example: two pairs and one mismatched row.",
     ),
@@ -281,14 +283,14 @@ KINDS: list[tuple[str, str, type, Any, str]] = [
         "extra_terms",
         "Extra terms",
         Objective,
-        halos_pl.objective.baselines,
+        (halos_pl.objective.baselines, halos_pl.objective.classification),
         "Terms that are not HALOs: the baselines, and the terms that composites add to a HALO in `extra_terms`.",
     ),
     (
         "policy_weights",
         "Policy weights",
         PolicyWeight,
-        halos_pl.objective.policy_weights,
+        (halos_pl.objective.policy_weights,),
         "Numbers that depend on the policy, without gradient. `PolicyWeighted` in `extra_terms` applies one to a HALO; "
         "such a loss is a composite, because the weights of a HALO do not depend on the policy. `wpo`, `beta_dpo` and "
         "`fipo` are examples.",
@@ -297,7 +299,7 @@ KINDS: list[tuple[str, str, type, Any, str]] = [
         "reference_models",
         "Reference models",
         ReferenceModel,
-        halos_pl.policy.reference,
+        (halos_pl.policy.moving_reference, halos_pl.policy.reference),
         "`model.reference_model` selects the model that computes log π_ref. The default is `AdapterOff` with LoRA and "
         "`FrozenCopy` without.",
     ),
@@ -305,7 +307,7 @@ KINDS: list[tuple[str, str, type, Any, str]] = [
         "transforms",
         "Transforms",
         Transform,
-        halos_pl.data.transforms,
+        (halos_pl.data.transforms,),
         "`data.transforms` is a list of changes to the training data. They draw from the seed and record counts in "
         "`summary.json`. [Your own data](../howto/data.md#order-and-transforms) shows how to use them.",
     ),
@@ -337,9 +339,9 @@ def pages() -> Iterator[tuple[str, str | bytes]]:
         ReferencePoint: lambda cls: plot_reference_point(lambda: example(cls)),
         Reward: lambda cls: plot_reward(example(cls)),
     }
-    for stem, title, kind, module, text in KINDS:
+    for stem, title, kind, modules, text in KINDS:
         sections = [f"# {title}\n\n{text}\n"]
-        for cls in plugins(kind, module):
+        for cls in plugins(kind, *modules):
             plot = None
             if kind in plots and not (kind is Reward and cls.needs.scalar):  # a learned reward has no curve
                 plot = f"plots/{cls.__name__}.svg"

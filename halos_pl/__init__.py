@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from halos_pl.objective.reference_points import Estimate, ReferencePoint
     from halos_pl.objective.rewards import Reward
     from halos_pl.policy.loading import load_model, load_tokenizer
-    from halos_pl.policy.reference import AdapterOff, FixedModel, FrozenCopy, OtherModel, SyncedCopy
+    from halos_pl.policy.moving_reference import PastPolicies, SyncedCopy
+    from halos_pl.policy.reference import AdapterOff, FixedModel, FrozenCopy, OtherModel
     from halos_pl.policy.scorer import Scorer
     from halos_pl.policy.spec import LoRASpec, ModelSpec, QuantizeSpec
     from halos_pl.training.engine import StepEngine
@@ -35,7 +36,8 @@ _HOMES = {
     "halos_pl.objective.reference_points": ("Estimate", "ReferencePoint"),
     "halos_pl.objective.rewards": ("Reward",),
     "halos_pl.policy.loading": ("load_model", "load_tokenizer"),
-    "halos_pl.policy.reference": ("AdapterOff", "FixedModel", "FrozenCopy", "OtherModel", "SyncedCopy"),
+    "halos_pl.policy.moving_reference": ("PastPolicies", "SyncedCopy"),
+    "halos_pl.policy.reference": ("AdapterOff", "FixedModel", "FrozenCopy", "OtherModel"),
     "halos_pl.policy.scorer": ("Scorer",),
     "halos_pl.policy.spec": ("LoRASpec", "ModelSpec", "QuantizeSpec"),
     "halos_pl.training.engine": ("StepEngine",),
@@ -60,6 +62,7 @@ __all__ = [
     "Needs",
     "Objective",
     "OtherModel",
+    "PastPolicies",
     "QuantizeSpec",
     "ReferencePoint",
     "Result",

@@ -14,7 +14,7 @@ import halos_pl.objective.rewards
 import value_functions
 from halos_pl.conformance.strategies import arguments
 from halos_pl.conformance.target import required_arguments
-from halos_pl.objective.feedback import Binary, Flipped, Pairwise
+from halos_pl.objective.feedback import Binary, ByLength, Flipped, Pairwise
 from halos_pl.objective.reference_points import Constant
 from value_functions import Clipped, Identity, Logistic, LogSigmoid, LossAverse, Mixture, Scaled, Shifted, Tanh
 from value_functions.discovery import plug_ins
@@ -31,6 +31,7 @@ EXAMPLES: dict[type, Callable[[], nn.Module]] = {
     Clipped: lambda: Clipped(Identity(), low=-20.0, high=30.0),
     Constant: lambda: Constant(value=-1.0),
     Flipped: lambda: Flipped(Pairwise(label_smoothing=0.1)),
+    ByLength: lambda: ByLength(Binary(), power=-1.0),
     LossAverse: lambda: LossAverse(Logistic(), loss_aversion=2.25),
     Mixture: lambda: Mixture([Logistic(), Identity()], weights=[0.5, 2.0]),
     Pairwise: lambda: Pairwise(label_smoothing=0.1),

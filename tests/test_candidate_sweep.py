@@ -488,3 +488,12 @@ def test_errors_over_seeds_and_prompts_add_up(study, tmp_path):
     assert difference.seeds == pytest.approx(stats.sem([0.0, 0.3, 0.0, 0.3]))
     assert difference.prompts == pytest.approx(stats.sem([0.1, 0.3]))
     assert difference.error**2 == pytest.approx(difference.seeds**2 + difference.prompts**2)
+
+
+def test_weights_that_candidates_would_not_count_are_refused(tmp_path, tiny_folder):
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "weight": 1 + i} for i in range(2)]
+    path = write(tmp_path / "w.jsonl", rows)
+    with pytest.raises(DataError, match=rf"^{path}:2"):
+        read_preferences([path], ModelSpec(str(tiny_folder)), reference=False)
+    ignoring = [{"path": path, "ignore": ["weight"]}]
+    assert len(read_preferences(ignoring, ModelSpec(str(tiny_folder)), reference=False).pairs) == 2

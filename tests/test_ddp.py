@@ -114,6 +114,8 @@ def assert_same_weights(one: Path, two: Path, least: float = 1e-6) -> None:
         pytest.param("aot", ("--model.micro_batch_rows=2",), marks=pytest.mark.slow),
         pytest.param("grpo", ("--model.micro_batch_rows=1",), marks=pytest.mark.slow),
         pytest.param("tr_dpo", (), marks=pytest.mark.slow),
+        pytest.param("mnpo", (), marks=pytest.mark.slow),
+        pytest.param("real", ("--model.micro_batch_rows=1",), marks=pytest.mark.slow),
         pytest.param("csft", (), marks=pytest.mark.slow),
         pytest.param("unlikelihood", (), marks=pytest.mark.slow),
         pytest.param("kto", ("--model.micro_batch_rows=1",), marks=pytest.mark.slow),

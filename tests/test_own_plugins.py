@@ -144,8 +144,9 @@ def test_the_new_names_exist() -> None:
 
 
 def test_a_class_that_extends_an_abstract_part_is_found(here: Path) -> None:
-    code = "from value_functions.by_slope import BySlope\nclass Mine(BySlope):\n    def slope(self, u):\n"
-    (here / "mine.py").write_text(f"{code}        return u * 0 + 1\n")
+    code = "from value_functions.by_slope import BySlope\nclass Mine(BySlope):\n"
+    code += "    def slope(self, u):\n        return u * 0 + 1\n"
+    (here / "mine.py").write_text(code)
     assert own_plugins(ValueFunction) == {"Mine": [Path("mine.py")]}
     import_own({"value_function": "Mine"}, PARTS.values())
     assert "mine" in sys.modules

@@ -27,8 +27,9 @@ from halos_pl.plan.plan import assumed_rows
 from halos_pl.plan.run import Settings, parameters_of
 from halos_pl.plan.shapes import Shape, read_shape, shipped
 from halos_pl.policy.loading import load_model
+from halos_pl.policy.moving_reference import PastPolicies, SyncedCopy
 from halos_pl.policy.quantized_weights import bytes_of, quantized_layers
-from halos_pl.policy.reference import AdapterOff, FrozenCopy, OtherModel, SyncedCopy
+from halos_pl.policy.reference import AdapterOff, FrozenCopy, OtherModel
 from halos_pl.policy.spec import LoRASpec, ModelSpec, QuantizeSpec
 
 KTO = Needs(reference=True, mismatched=True, undesirable=True)
@@ -179,6 +180,8 @@ def test_bytes_per_parameter() -> None:
     assert hybrid["weights"] == 2 * n
     moving = Planner(settings_of(reference_model=SyncedCopy(every=1))).lasting(Layout())
     assert moving["reference"] == 8 * n
+    past = Planner(settings_of(reference_model=PastPolicies(every=1, keep=3, start=0.5))).lasting(Layout())
+    assert past["reference"] == 16 * n
 
 
 def test_an_adapter_is_counted_apart() -> None:

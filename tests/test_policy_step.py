@@ -35,11 +35,12 @@ from halos_pl.policy.architecture import decoder_and_head
 from halos_pl.policy.kl import compared_logps
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.logprobs import completion_mask, padded_logps
-from halos_pl.policy.reference import AdapterOff, FixedModel, FrozenCopy, NoReference, SyncedCopy
+from halos_pl.policy.moving_reference import PastPolicies, SyncedCopy
+from halos_pl.policy.reference import AdapterOff, FixedModel, FrozenCopy, NoReference
 from halos_pl.policy.sampling import sample_tokens
 from halos_pl.policy.scorer import Scorer
 from halos_pl.policy.self_test import padding_fault
-from halos_pl.training.engine import _Step
+from halos_pl.training.engine import StepEngine, _Step
 from halos_pl.training.metrics import Means, reward_figures
 from halos_pl.training.module import HALOModule
 from halos_pl.training.non_finite import NonFiniteLossError
@@ -264,6 +265,51 @@ def test_a_synced_reference_is_the_stated_mixture(lora, tiny_folder):
     for name, start in seen[0].items():
         expected = start.lerp(seen[2][name], 0.6).lerp(seen[4][name], 0.6)
         assert torch.allclose(found[name], expected, atol=1e-6), name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("lora", [None, LoRASpec(r=4)])
+def test_past_policies_are_the_stated_mean_and_continue_from_a_checkpoint(lora, tiny_folder):
+    """Seven steps with snapshots after the 2nd, 4th and 6th, of which the last two are kept."""
+    reference = PastPolicies(every=2, keep=2, start=0.25)
+    model = module(tiny_folder, "dpo", reference, lora=lora, lr=0.5)
+    rows = batch(mismatched=False)
+    at: list[torch.Tensor] = []  # log-probs of the policy after each number of steps
+
+    class Keep(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            with torch.no_grad():
+                at.append(module.scorer(rows))
+            if len(at) == 1:
+                assert torch.equal(reference.logps(rows), at[0])
+
+    train(model, [batch(seed=s, mismatched=False) for s in range(7)], callbacks=[Keep()])
+    expected = 0.25 * at[0] + 0.375 * (at[4] + at[6])
+    assert (at[0] - at[6]).abs().max() > 1e-3
+    assert torch.allclose(reference.logps(rows), expected, atol=1e-5)
+    with reference.scoring() as first, torch.no_grad():
+        assert torch.equal(first(rows), at[0])
+    state = {name: values.clone() for name, values in reference.state().items()}
+    resumed = PastPolicies(every=2, keep=2, start=0.25)
+    resumed.bind(Scorer(load_model(ModelSpec(str(tiny_folder), lora=lora))), ModelSpec(str(tiny_folder), lora=lora))
+    resumed.restore(state)
+    if lora is None:  # an adapter that is drawn anew has other weights at the start, though not another policy
+        assert torch.equal(resumed.logps(rows), reference.logps(rows))
+    assert torch.allclose(resumed.logps(rows), expected, atol=1e-5)
+    for wrong in ({}, {"0.x": torch.zeros(1)}):
+        with pytest.raises(ValueError, match="PastPolicies"):
+            resumed.restore(wrong)
+
+
+def test_past_policies_refuse_what_they_cannot_be(tiny_folder):
+    for wrong in ({"every": 0}, {"keep": 0}, {"start": 1.0}, {"start": -0.1}, {"start": float("nan")}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            PastPolicies(**({"every": 2, "keep": 2, "start": 0.5} | wrong))
+    past, of_tokens = PastPolicies(every=1, keep=1, start=0.5), load_objective("kto", {"reference_point": "TokenKL"})
+    with pytest.raises(ValueError, match="PastPolicies"):
+        HALOModule(ModelSpec(str(tiny_folder)), past, extra_terms=[of_tokens])
+    with pytest.raises(ValueError, match="PastPolicies"):
+        StepEngine(of_tokens, Scorer(load_model(ModelSpec(str(tiny_folder)))), past)
 
 
 def test_a_synced_reference_does_not_lose_small_moves_in_half_precision(tiny_folder):

@@ -125,7 +125,7 @@ def test_the_picture_is_what_the_script_draws(tmp_path):
 def test_every_plug_in_and_objective_has_a_section_of_the_reference():
     pytest.importorskip("mkdocs")
     hooks = script("hooks")
-    named = {cls.__name__ for _, _, kind, module, _ in hooks.KINDS for cls in hooks.plugins(kind, module)}
+    named = {cls.__name__ for _, _, kind, modules, _ in hooks.KINDS for cls in hooks.plugins(kind, *modules)}
     assert set(value_functions.__all__) - {"ValueFunction"} <= named
     assert {"LogRatio", "MismatchedKL", "Binary", "NLL", "FrozenCopy", "FlipLabels"} <= named
     verdicts = hooks.verdicts()

@@ -42,9 +42,10 @@ SETUPS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "lora": ("kto", "llama", ("--model.policy.lora={r: 4, dropout: 0.1}",)),
     "dpo": ("dpo", "llama", ("--model.micro_batch_rows=2", "--model.lr_schedule=cosine")),
     "tr_dpo": ("tr_dpo", "llama", ()),  # so is a reference that moves
+    "mnpo": ("mnpo", "llama", ()),  # so are the policies of earlier steps
     "study": ("kto", "llama", STUDY),
 }
-PAIRS = {"dpo", "tr_dpo"}
+PAIRS = {"dpo", "tr_dpo", "mnpo"}
 
 
 class Runs:

@@ -187,6 +187,11 @@ def apart(one: Any, many: Any) -> float:
         # A validation without gradient between two steps must not leave weights gathered that the next step changes.
         ("kto", ("--trainer.gradient_clip_val=0.1", *SGD, "--trainer.val_check_interval=1", "validation")),
         pytest.param("tr_dpo", ("--model.reference_model.init_args.every=1", *SGD), marks=pytest.mark.slow),
+        pytest.param(
+            "mnpo",
+            ("--model.reference_model.init_args.every=1", "--model.value_function.init_args.beta=1.0"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("kto", ("--model.policy.lora={r: 2}", "--model.micro_batch_rows=1"), marks=pytest.mark.slow),
         pytest.param("kto", ("--model.value_function=plugins.learnt.Learnt",), marks=pytest.mark.slow),
         pytest.param("kto", (RMSPROP, "--model.micro_batch_rows=1"), marks=pytest.mark.slow),
@@ -196,7 +201,7 @@ def apart(one: Any, many: Any) -> float:
 def test_a_sharded_fit_is_the_fit_of_one_process(
     objective: str, options: tuple[str, ...], models: dict[str, str], data: dict[str, str], tmp_path: Path
 ) -> None:
-    rows = data["pairs" if "dpo" in objective else "rows"]
+    rows = data["pairs" if load_objective(objective).needs.pairs else "rows"]
     words = [f"--data.validation={rows}" if option == "validation" else option for option in options]
     one, many = both(tmp_path, models["llama, tied"], objective, rows, *words)
     assert len(one) >= 3

@@ -12,7 +12,8 @@ from run_halos import ROOT
 
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.feedback import Binary
-from halos_pl.policy.reference import AdapterOff, FrozenCopy, OtherModel, SyncedCopy
+from halos_pl.policy.moving_reference import SyncedCopy
+from halos_pl.policy.reference import AdapterOff, FrozenCopy, OtherModel
 from halos_pl.policy.spec import ModelSpec
 from halos_pl.testing import binary_rows, fit
 from halos_pl.training.clamped import ClampWatch

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,16 +37,22 @@ class BySlope(ValueFunction):
 
     kinks: Sequence[float] = ()
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "slope" in vars(cls) and "violates" not in vars(cls):  # as for a new forward
+            cls.violates = MappingProxyType({})
+
     @abstractmethod
     def slope(self, u: Tensor) -> Tensor:
         """v'(u) of each outcome, in utility per nat; finite, elementwise, with the shape and dtype of ``u``."""
 
     def forward(self, u: Tensor) -> Tensor:
-        if any(True for _ in self.parameters()):
+        if learned := [name for name, each in self.named_parameters() if each.requires_grad]:
             raise TypeError(
-                f"{type(self).__name__}: a value function given by its slope cannot have parameters to learn"
+                f"{type(self).__name__}: {learned[0]} cannot be learned: a value function given by its slope has a"
+                " gradient in u only; make it a number"
             )
-        value: Tensor = _Integral.apply(u, self._slope, tuple(self.kinks))  # type: ignore[no-untyped-call]
+        value: Tensor = Integral.apply(u, self._slope, tuple(self.kinks))  # type: ignore[no-untyped-call]
         return value
 
     def _slope(self, u: Tensor) -> Tensor:
@@ -56,7 +63,9 @@ class BySlope(ValueFunction):
         return slope
 
 
-class _Integral(torch.autograd.Function):
+class Integral(torch.autograd.Function):
+    """The integral of a slope from 0 to each outcome, whose gradient is the slope."""
+
     @staticmethod
     def forward(ctx: Any, u: Tensor, slope: _Slope, kinks: tuple[float, ...]) -> Tensor:
         ctx.save_for_backward(u)
@@ -71,35 +80,36 @@ class _Integral(torch.autograd.Function):
 
 @cache
 def _rule() -> tuple[Tensor, Tensor]:
-    """Nodes in (0, 1) and weights of the rule, float64, from its Jacobi matrix (Golub and Welsch 1969)."""
+    """Nodes in (0, 1) and weights of the rule, float64: eigenvalues of its Jacobi matrix (Golub and Welsch 1969)."""
     k = torch.arange(1, _POINTS, dtype=torch.float64)
     off = k / (4 * k.square() - 1).sqrt()
     nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return (nodes + 1) / 2, vectors[0].square()
+    first: Tensor = vectors[0]
+    return (nodes + 1) / 2, first.square()
 
 
 @cache
-def _edges(kinks: tuple[float, ...]) -> Tensor:
-    """Ends of the panels on one side of 0, ascending from 0, float64."""
+def panels(kinks: tuple[float, ...]) -> Tensor:
+    """Ends of the panels on one side of 0, ascending from 0, in nats, float64 [n]."""
     fine = torch.arange(0, 64, 0.25, dtype=torch.float64)
     doubling = 2.0 ** torch.arange(6, 28, dtype=torch.float64)
-    edges: Tensor = torch.cat([fine, doubling, torch.tensor(kinks, dtype=torch.float64).abs()]).unique()
-    return edges
+    ends = torch.cat([fine, doubling, torch.tensor([abs(kink) for kink in kinks], dtype=torch.float64)])
+    ascending: Tensor = ends.unique()
+    return ascending
 
 
 def _integral(slope: _Slope, u: Tensor, kinks: tuple[float, ...]) -> Tensor:
     nodes, weights = (each.to(u.device) for each in _rule())
-    edges = _edges(kinks).to(u.device)
+    edges = panels(kinks).to(u.device)
     size, low, high = u.abs(), edges[:-1, None], edges[1:, None]
     panel = torch.searchsorted(edges, size.contiguous(), right=True) - 1
     left = edges[panel]
     rest = size - left
 
     def side(sign: float) -> Tensor:
-        whole: Tensor = (slope(sign * (low + (high - low) * nodes)) * weights * (high - low)).sum(dim=1)
+        whole = (slope(sign * (low + (high - low) * nodes)) * weights * (high - low)).sum(dim=1)
         before = torch.cat([whole.new_zeros(1), whole.cumsum(0)])[panel]
-        return sign * (
-            before + (slope(sign * (left[..., None] + rest[..., None] * nodes)) * weights).sum(dim=-1) * rest
-        )
+        last = (slope(sign * (left[..., None] + rest[..., None] * nodes)) * weights).sum(dim=-1) * rest
+        return sign * (before + last)
 
     return torch.where(u < 0, side(-1.0), side(1.0))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from value_functions.base import ValueFunction
-from value_functions.ranges import Range
+from value_functions.bounded import LIMIT
 
 
 class CappedSlope(ValueFunction):
@@ -26,12 +26,13 @@ class CappedSlope(ValueFunction):
         ValueError: the cap is outside its range.
     """
 
-    ranges: Mapping[str, Range] = {"cap": Range(1, math.exp(40), with_high=True)}
     violates: Mapping[str, str] = {"concave_on_gains": "e^u is convex on (0, log cap)"}
 
     def __init__(self, *, cap: float = 5.0) -> None:
         super().__init__()
-        self.cap = self.accepted("cap", cap)
+        if not 1 < cap <= math.exp(LIMIT):
+            raise ValueError(f"CappedSlope: cap is {cap}; it must be above 1 and at most e^{LIMIT:g}")
+        self.cap = float(cap)
 
     def forward(self, u: Tensor) -> Tensor:
         edge = math.log(self.cap)

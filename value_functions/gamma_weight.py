@@ -11,6 +11,9 @@ from torch import Tensor
 from value_functions.by_slope import BySlope
 from value_functions.ranges import POSITIVE, Range
 
+# Beyond it the slope stays as it is. e^u would be infinite and the exponent's gradient NaN; the slope is 0 long before.
+_LAST = 40.0
+
 
 class GammaWeight(BySlope):
     """v'(u) = e^(decay + power * u - decay * e^u): the weight of VESPO, 1 at u = 0.
@@ -29,6 +32,7 @@ class GammaWeight(BySlope):
     """
 
     ranges: Mapping[str, Range] = {"power": POSITIVE, "decay": POSITIVE}
+    kinks = (_LAST,)
 
     def __init__(self, *, power: float = 2.0, decay: float = 3.0) -> None:
         super().__init__()
@@ -41,5 +45,5 @@ class GammaWeight(BySlope):
             )
 
     def slope(self, u: Tensor) -> Tensor:
-        # Far out, e^u would be infinite and the exponent's gradient NaN; the slope is 0 long before.
-        return torch.exp(self.decay + self.power * u - self.decay * torch.exp(u.clamp(max=40.0)))
+        u = u.clamp(max=_LAST)
+        return torch.exp(self.decay + self.power * u - self.decay * torch.exp(u))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from value_functions.base import ValueFunction
-from value_functions.bounded import bounded_exp
+from value_functions.bounded import LIMIT
 from value_functions.ranges import POSITIVE, Range
 
 
@@ -33,4 +33,5 @@ class SoftGate(ValueFunction):
         self.temperature = self.accepted("temperature", temperature)
 
     def forward(self, u: Tensor) -> Tensor:
-        return 4 / self.temperature * torch.sigmoid(self.temperature * (bounded_exp(u) - 1))
+        # Far out the gate is closed, and e^u must stay finite.
+        return 4 / self.temperature * torch.sigmoid(self.temperature * (torch.exp(u.clamp(max=LIMIT)) - 1))

@@ -118,7 +118,7 @@ def read_preferences(
         max_length, text_prompts: as in :class:`~halos_pl.data.FeedbackDataModule`.
 
     Raises:
-        DataError: a row is faulty or has no finite log-prob, or there are no preferences.
+        DataError: a row is faulty or has no finite log-prob or a weight other than 1, or there are no preferences.
         ModelError: the model cannot be loaded, or the rows do not suit it.
     """
     data = FeedbackDataModule(
@@ -168,6 +168,12 @@ def _add(
     tokenizer: Any,
     scored: Tensor | None,
 ) -> None:
+    for name, weight in zip(batch.row_ids, batch.labels.weight.tolist(), strict=True):
+        if weight != 1:
+            raise DataError(
+                f"{name}: the row has the weight {weight:g}, but a policy of candidates counts each preference once;"
+                " list the column in 'ignore' of the source"
+            )
     tokens, place = completion_mask(batch).sum(1).tolist(), []
     for i, completion in enumerate(batch.completions):
         key = int(batch.labels.group[i]), tuple(completion.tolist())

@@ -12,7 +12,7 @@ from halos_pl.common.experiments import objectives
 from halos_pl.common.subclasses import every_subclass
 from halos_pl.common.yaml_files import read_yaml
 from halos_pl.conformance.report import Definition, Report
-from halos_pl.objective.build import PARTS, load_objective
+from halos_pl.objective.build import KINDS, load_objective
 
 
 def verdicts(checked: Mapping[str, Mapping[Definition, Report]]) -> str:
@@ -54,7 +54,7 @@ def _part(spec: Any) -> str:
     name = spec["class_path"].rpartition(".")[2]
     if name == "HALO":
         return formula(spec["init_args"])
-    [cls] = {cls for base in PARTS.values() for cls in every_subclass(base) if cls.__name__ == name}
+    [cls] = {cls for base in KINDS for cls in every_subclass(base) if cls.__name__ == name}
     defaults = {key: parameter.default for key, parameter in inspect.signature(cls).parameters.items()}
     arguments = [f"{k}={_part(v)}" for k, v in spec.get("init_args", {}).items() if v != defaults.get(k)]
     return f"{name}({', '.join(arguments)})" if arguments else name

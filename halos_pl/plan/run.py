@@ -16,7 +16,8 @@ from halos_pl.plan.fake import meta_model
 from halos_pl.plan.optimizer_state import OptimizerMemory, optimizer_memory
 from halos_pl.plan.shapes import Shape
 from halos_pl.policy.architecture import decoder_and_head, text_config
-from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, OtherModel, ReferenceModel, SyncedCopy
+from halos_pl.policy.moving_reference import PastPolicies, SyncedCopy
+from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, OtherModel, ReferenceModel
 from halos_pl.policy.scalar_head import freeze_language_head
 from halos_pl.policy.spec import LoRASpec, QuantizeSpec
 from halos_pl.training.lost_updates import HALF
@@ -248,7 +249,7 @@ class Settings:
     @property
     def reference_is_assumed(self) -> bool:
         """Whether the reference is of a class whose memory is unknown; a copy of the policy is assumed."""
-        known = (AdapterOff, FrozenCopy, SyncedCopy, OtherModel)
+        known = (AdapterOff, FrozenCopy, SyncedCopy, PastPolicies, OtherModel)
         return self.has_reference and not isinstance(self.reference_model, known)
 
     @cached_property
@@ -260,6 +261,9 @@ class Settings:
             return sum(p.numel() for p in meta_model(self.other.config).parameters()), 0
         if isinstance(self.reference_model, SyncedCopy):  # with its adapter, if any
             return self.parameters.total + self.parameters.adapter, self.parameters.trained
+        if isinstance(self.reference_model, PastPolicies):
+            one = self.parameters.total + self.parameters.adapter
+            return one + self.reference_model.keep * self.parameters.trained, 0
         return self.parameters.total, 0
 
     def reference_itemsize(self, *, sharded: bool) -> int:
@@ -288,6 +292,8 @@ class Settings:
         """FLOP of the reference's forward pass relative to that of the policy."""
         if not self.has_reference:
             return 0.0
+        if isinstance(self.reference_model, PastPolicies):
+            return 1.0 + self.reference_model.keep
         if self.other is None or self.cost is None:
             return 1.0
         return cost(meta_model(self.other.config)).token / self.cost.token

@@ -11,7 +11,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from halos_pl.batch import TokenBatch
+from halos_pl.batch import Needs, TokenBatch
 from halos_pl.policy.architecture import (
     adapter_off,
     base_model,
@@ -30,10 +30,10 @@ from halos_pl.policy.loading import (
 )
 from halos_pl.policy.quantized_weights import plain_parts, quantized_layers
 from halos_pl.policy.scorer import Scorer
-from halos_pl.policy.sharding import is_sharded, whole
+from halos_pl.policy.sharding import whole
 from halos_pl.policy.store import fingerprint
 
-_NAME = "the reference model"
+NAME = "the reference model"
 #: A copy would be quantized to the same weights.
 _QUANTIZED = (
     "reference_model: FrozenCopy would be a second copy of the quantized model, and give the same log-probs as the"
@@ -45,9 +45,11 @@ class Reference(ABC):
     """Gives log pi_ref of rows.
 
     Attributes:
+        one_model: whether it is a single model, so that its probabilities sum to 1.
         rows_computed: number of rows that it has scored.
     """
 
+    one_model = True
     rows_computed = 0
 
     @abstractmethod
@@ -61,6 +63,19 @@ class Reference(ABC):
         with self.scoring() as scorer:
             logps: Tensor = scorer(batch)
             return logps
+
+
+def check_divergence(reference: object, needs: Needs) -> None:
+    """Refuses a reference of several models where a KL divergence over the whole vocabulary is needed.
+
+    Raises:
+        ValueError: names the class of ``reference``.
+    """
+    if needs.exact_kl and not getattr(reference, "one_model", True):
+        raise ValueError(
+            f"{type(reference).__name__} is a mean of several models and no distribution, but the reference point needs"
+            " a KL divergence over the whole vocabulary; choose another reference_point, such as MismatchedKL"
+        )
 
 
 class FixedModel(Reference):
@@ -78,7 +93,7 @@ class FixedModel(Reference):
         if model is policy.model:
             raise ValueError("FixedModel: the model is the policy itself, which training changes; give it a copy")
         self._policy = policy
-        self._scorer = policy.beside(model, _NAME).eval()
+        self._scorer = policy.beside(model, NAME).eval()
 
     def scoring(self) -> AbstractContextManager[Scorer]:
         return nullcontext(self._scorer.to(self._policy.device))
@@ -150,7 +165,8 @@ class ReferenceModel(Reference):
             )
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers with their names."""
     return chain(model.named_parameters(), model.named_buffers())
 
 
@@ -175,10 +191,10 @@ def weights_fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> s
 
 def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights of a model without its adapter, with their names in that model."""
-    return ((name_in_base(name), tensor) for name, tensor in _tensors(model) if not is_adapter_weight(name))
+    return ((name_in_base(name), tensor) for name, tensor in tensors_of(model) if not is_adapter_weight(name))
 
 
-def _match(scorer: Scorer, policy: Scorer, tensors: Callable[[nn.Module], Iterator[tuple[str, Tensor]]]) -> None:
+def match(scorer: Scorer, policy: Scorer, tensors: Callable[[nn.Module], Iterator[tuple[str, Tensor]]]) -> None:
     """Gives each tensor of a reference the dtype and device of the policy's tensor with the same name.
 
     The Trainer's precision may have changed the policy's dtypes. If a single tensor of the reference has another dtype,
@@ -192,7 +208,7 @@ def _match(scorer: Scorer, policy: Scorer, tensors: Callable[[nn.Module], Iterat
             scorer.to(policy.device)
         return
     like = dict(tensors(policy.model))
-    for name, tensor in _tensors(scorer.model):
+    for name, tensor in tensors_of(scorer.model):
         if (tensor.dtype, tensor.device) != (like[name].dtype, like[name].device):
             tensor.data = tensor.data.to(like[name])
 
@@ -224,7 +240,7 @@ class FrozenCopy(ReferenceModel):
             if with_adapter and self._spec is None:
                 raise ModelError("FrozenCopy cannot copy a peft model in memory; choose reference_model: AdapterOff")
             if self._spec and (with_adapter or policy.sharding):
-                self._keep(policy.beside(load_reference(self._spec, policy.sharding), _NAME))
+                self._keep(policy.beside(load_reference(self._spec, policy.sharding), NAME))
             else:
                 self._keep(policy.copy())
 
@@ -241,85 +257,13 @@ class FrozenCopy(ReferenceModel):
                 f"the files of {self._spec.path} have changed since the policy was loaded from them, so the reference"
                 " model is lost; start a new run"
             )
-        return self._keep(self._policy.beside(model, _NAME))
+        return self._keep(self._policy.beside(model, NAME))
 
     @contextmanager
     def scoring(self) -> Iterator[Scorer]:
         scorer = self._scorer or self._loaded()
-        _match(scorer, self._policy, _base_weights)
+        match(scorer, self._policy, _base_weights)
         yield scorer
-
-
-class SyncedCopy(ReferenceModel):
-    """A copy of the policy that follows it: every few steps, reference = mix * policy + (1 - mix) * reference.
-
-    ``mix=1`` replaces the reference, as in online and humanline alignment; a smaller one is the soft update of TR-DPO
-    (Gorbatovski et al. 2024, section 3). Only trained weights move; they are saved in checkpoints.
-
-    Args:
-        every: number of optimizer steps between two updates.
-        mix: share of the policy, in (0, 1].
-
-    Raises:
-        ValueError: a number is outside its range.
-    """
-
-    def __init__(self, *, every: int, mix: float = 1.0) -> None:
-        if every < 1 or not 0 < mix <= 1:
-            raise ValueError(
-                f"SyncedCopy: every is {every} and mix is {mix}; every must be at least 1, and mix in (0, 1]"
-            )
-        self.every, self.mix = every, float(mix)
-
-    def bind(self, policy: Scorer, spec: ModelSpec | None, *, stored: bool = False) -> None:
-        self._policy = policy
-        self._moving = {name for name, p in policy.model.named_parameters() if p.requires_grad}
-        self._exact: dict[str, Tensor] = {}  # in float32, as half precision would lose small updates
-        # With its adapter, if it has one.
-        if policy.sharding and spec:
-            copy = policy.beside(load_reference(spec, policy.sharding), _NAME)
-        else:
-            copy = policy.copy()
-        self._scorer = copy.eval().requires_grad_(False)
-
-    @contextmanager
-    def scoring(self) -> Iterator[Scorer]:
-        _match(self._scorer, self._policy, _tensors)
-        yield self._scorer
-
-    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self._scorer.model.named_parameters() if name in self._moving)
-
-    @torch.no_grad()
-    def follow(self, step: int) -> None:
-        if step % self.every:
-            return
-        of_policy = dict(self._policy.model.named_parameters())
-        for name, parameter in self._parameters():
-            target = of_policy[name] if is_sharded(self._scorer.model) else whole(of_policy[name])
-            before = self._exact.get(name, parameter.data).to(target.device).float()
-            self._exact[name] = before.lerp(target.float(), self.mix)
-            self._set(parameter, self._exact[name])
-
-    @torch.no_grad()
-    def _set(self, parameter: nn.Parameter, values: Tensor) -> None:
-        if is_sharded(self._scorer.model):
-            parameter.copy_(values)  # in place: FSDP gathers this memory, not a tensor that replaces it
-        else:
-            parameter.data = values.to(parameter)
-
-    def state(self) -> dict[str, Tensor]:
-        return {name: self._exact.get(name, p.detach()) for name, p in self._parameters()}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        if state.keys() != self._moving:
-            raise ValueError(
-                "the checkpoint does not contain the weights of this SyncedCopy; resume with the config that"
-                " it was trained with"
-            )
-        for name, parameter in self._parameters():
-            self._exact[name] = state[name].float()
-            self._set(parameter, state[name])
 
 
 class AdapterOff(ReferenceModel):
@@ -375,7 +319,7 @@ class OtherModel(ReferenceModel):
             )
         self._policy = policy
         model = load_reference(self.spec, policy.sharding)
-        self._scorer = policy.beside(model, _NAME).eval().requires_grad_(False)
+        self._scorer = policy.beside(model, NAME).eval().requires_grad_(False)
         if stored:
             self.fingerprint = weights_fingerprint(self._scorer.model)
 

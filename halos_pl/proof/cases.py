@@ -76,6 +76,11 @@ class Prover:
         self._regions: dict[Case, Region] = {}
         self.cases = self._cases([Region(parameters)])
 
+    @property
+    def seams(self) -> list[float]:
+        """Where what is recorded switches branches, but for places that depend on parameters."""
+        return [float(seam.low) for case in self.cases for seam in case.seams if seam.low is not None]
+
     def decide(self, claim: Claim) -> Decision:
         """Proves or disproves a claim, or says what stops it."""
         todo, self.cases = self.cases, []

@@ -154,6 +154,8 @@ def certificate(
     for name, outcome in proof.outcomes.items():
         claim: dict[str, Any] = {"claim": name, "graph": None, "cells": []}
         failed = [f"it is {outcome.status}"] if outcome.status != "proved" else []
+        if not failed and outcome.claim.of != "v":
+            failed = ["v is given by its slope, which a certificate cannot contain yet"]
         for each in filter(None, [outcome, outcome.narrower] if not failed else []):
             try:
                 found, graph = _proved(each)

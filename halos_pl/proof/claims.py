@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -20,15 +20,17 @@ class Claim:
 
     Attributes:
         name: the clause of ``halos check`` that it proves.
-        order: of the derivative whose sign it is about.
+        order: of the derivative whose sign it is about, counted from what is recorded.
         sign: the sign that the derivative must have, or 0.
         side: 1 for gains only, -1 for losses only, 0 for all outcomes.
+        of: what is recorded: v, or v' if v is given by its slope.
     """
 
     name: str
     order: int
     sign: int
     side: int
+    of: Literal["v", "v'"] = "v"
 
 
 # -v(-u) never falls iff v never does, and is concave on gains iff v is convex on losses.
@@ -37,6 +39,8 @@ CLAIMS = (
     Claim("concave_on_gains", 2, -1, 1),
     Claim("undesirable_concave_on_gains", 2, 1, -1),
 )
+# The same of v as the integral of v': it never jumps, and v' may jump where that does not contradict the claim.
+CLAIMS_ON_SLOPES = tuple(replace(claim, order=claim.order - 1, of="v'") for claim in CLAIMS)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Decision:
         status: proved, disproved or undecided.
         reason: why it is undecided.
         points: outcomes that disprove it, ascending.
-        values: v there, enclosed.
+        values: v there, or v' if that is recorded; enclosed.
         parameters: values of the parameters that the points are for.
         cells: by piece, the cells on which the sign was found.
         forms: by piece, the expression whose derivative it was found for, if it is not that of the piece.

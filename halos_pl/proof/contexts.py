@@ -15,22 +15,23 @@ from halos_pl.proof.point import value_at
 from halos_pl.proof.program import Node
 
 # Up to 5.7e5; neither round, as the places of jumps often are, nor such that their sum is 0.
-_OUTCOMES = [0.0, *(x * 10 ** (k / 4 - 3) for k in range(36) for x in (-1.0313, 1.0093))]
+OUTCOMES = [0.0, *(x * 10 ** (k / 4 - 3) for k in range(36) for x in (-1.0313, 1.0093))]
 # Shares of the largest value at outcomes no further out, or up to 1: what cancels, and F.softplus beyond 20; and all
 # that float32 and autocast may round.
 _ERROR = {torch.float64: 1e-7, torch.float32: 0.05}
 
 
-def mismatch(v: nn.Module, graph: Sequence[Node], parameters: Mapping[str, Fraction]) -> str:
+def mismatch(v: nn.Module, graph: Sequence[Node], parameters: Mapping[str, Fraction], name: str = "v") -> str:
     """Says where v is not what was recorded; empty if it is so wherever it is tried.
 
     Args:
         v: a value function; its parameters are as before afterwards.
         graph: its expression.
         parameters: the value of each unknown in it.
+        name: what to call v.
     """
     exact: dict[float, tuple[float, float]] = {}  # v(u), and how far it may be off
-    for u in _OUTCOMES:
+    for u in OUTCOMES:
         try:
             ball = value_at(graph, Fraction(u), parameters)
             enclosed = float(ball.mid()), float(ball.rad())
@@ -38,6 +39,18 @@ def mismatch(v: nn.Module, graph: Sequence[Node], parameters: Mapping[str, Fract
             continue
         if abs(enclosed[0]) < 1e300:
             exact[u] = enclosed
+    return disagreement(v, exact, "in what was recorded", name)
+
+
+def disagreement(v: nn.Module, exact: Mapping[float, tuple[float, float]], what: str, name: str = "v") -> str:
+    """Says where v, called as programs call it, has other values; empty if nowhere.
+
+    Args:
+        v: a value function; its parameters are as before afterwards.
+        exact: by outcome, the value that v must have, and how far that may be off.
+        what: what that value is.
+        name: what to call v.
+    """
     if len(exact) < 8:
         return ""  # undefined nearly everywhere, which the claims are about
     us = torch.tensor([*exact], dtype=torch.float64)
@@ -61,7 +74,7 @@ def mismatch(v: nn.Module, graph: Sequence[Node], parameters: Mapping[str, Fract
             if wrong.any():
                 at = index[wrong][0]
                 value, recorded = float(found[wrong][0]), float(expected[at])
-                return f"v({float(us[at]):.6g}) is {value:.6g} {where}, and {recorded:.6g} in what was recorded"
+                return f"{name}({float(us[at]):.6g}) is {value:.9g} {where}, and {recorded:.9g} {what}"
     return ""
 
 

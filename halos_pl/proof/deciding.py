@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -11,23 +10,23 @@ from functools import cached_property
 from flint import arb, fmpq
 
 from halos_pl.proof.claims import Cell, Claim, Decision
-from halos_pl.proof.element import TOLERANCE, Element, TooLargeError, UndecidedError
+from halos_pl.proof.element import Element, TooLargeError, UndecidedError
 from halos_pl.proof.exponentials import in_one_exponential
 from halos_pl.proof.field import Field
 from halos_pl.proof.interval import Interval
 from halos_pl.proof.jumps import difference
 from halos_pl.proof.pieces import Piece, Seam, Splitter, require_settled
-from halos_pl.proof.point import ordered, value_at
+from halos_pl.proof.point import value_at
 from halos_pl.proof.program import Node
 from halos_pl.proof.roots import Bound, between, rounded, span
 from halos_pl.proof.seams import values_at
 from halos_pl.proof.signs import Box, UndefinedError
+from halos_pl.proof.witness import SHARE, candidates, contradicted
 
 MOST_CELLS, FEW_CELLS = 400, 50
 ALL_WIDTHS, FEW_WIDTHS = range(0, 44, 2), (0, 6, 14)  # distances between points, as powers of 1/2
 MOST_SAMPLES = 5  # at which all of them are tried everywhere
 _SMALL = fmpq(1, 2**32)  # an excused coefficient, as a share of the largest one of v
-_SHARE = Fraction(int(TOLERANCE.p), int(TOLERANCE.q))
 
 
 class Case:
@@ -178,18 +177,21 @@ class Case:
         return left, [p for p in self.pieces if p.signs.get(seam.key) == rises]
 
     def _across(self, claim: Claim, seam: Seam, decision: Decision) -> None:
-        """v does not jump against the claim at a seam, nor does its slope."""
+        """What is recorded does not jump against the claim at a seam, nor do its derivatives."""
         place = Interval.of(seam.low, seam.high) if seam.low is not None and seam.high is not None else None
         box = Box(self.field, place or Interval.of(0, 0), self.parameters)
         where = place or box.range(seam.root or self.field.zero)
-        if (claim.side > 0 and where.high <= 0) or (claim.side < 0 and where.low >= 0):
+        outside = bool((claim.side > 0 and where.high <= 0) or (claim.side < 0 and where.low >= 0))
+        if outside and claim.of == "v":
             return
         for left in (sides := self._sides(seam))[0]:
             for right in sides[1]:
                 if not self._adjacent(left, right, seam, box):
                     continue
                 try:
-                    self._between(claim, left, right, seam, box, decision)
+                    limits = [self._limit(p.expression, seam, box) for p in (left, right)]
+                    if not outside:  # a slope must be bounded there, too: v starts at 0
+                        self._between(claim, left, right, limits, seam, box, decision)
                 except UndecidedError as error:
                     for each in self._orders(left, right, seam):
                         require_settled(each, box)
@@ -203,12 +205,25 @@ class Case:
         others = [] if seam.root is None else [self.splitter.roots[key][0] - seam.root for key in keys]
         return [*others, *self._beyond(left, seam), *self._beyond(right, seam)]
 
-    def _between(self, claim: Claim, left: Piece, right: Piece, seam: Seam, box: Box, decision: Decision) -> None:
-        """Neither v nor its slope jumps against the claim between two pieces that may meet at a seam."""
-        before, after = (self._limit(p.expression, seam, box) for p in (left, right))
-        rise = 0 if claim.order == 2 else 1
-        self._step(claim, before, after, rise, seam, box, decision)
+    def _between(
+        self,
+        claim: Claim,
+        left: Piece,
+        right: Piece,
+        limits: Sequence[Element],
+        seam: Seam,
+        box: Box,
+        decision: Decision,
+    ) -> None:
+        """Nothing jumps against the claim between two pieces that may meet at a seam."""
+        before, after = limits
+        rise = 0 if claim.order == 2 else claim.sign
+        if claim.order > 0:
+            self._step(claim, before, after, rise, seam, box, decision)
         for at in values_at(self.splitter, seam, (left, right), box):
+            if claim.order == 0:
+                self._signed(claim, at, limits, seam, box)
+                continue
             self._step(claim, before, at, rise, seam, box, decision)
             self._step(claim, at, after, rise, seam, box, decision)
         if claim.order == 2:
@@ -250,12 +265,22 @@ class Case:
 
     def _limit(self, element: Element, seam: Seam, box: Box) -> Element:
         """An expression at a seam: in the parameters, or of u itself where the seam is only known to be in ``box``."""
-        at = element if seam.root is None else self.field.substituted(element, seam.root, {})
         try:
+            at = element if seam.root is None else self.field.substituted(element, seam.root, {})
             box.range(at)
-        except UndefinedError as error:
+        except (UndefinedError, ZeroDivisionError) as error:
             raise UndecidedError(f"{seam.label}: {error}") from error
         return at
+
+    def _signed(self, claim: Claim, at: Element, limits: Sequence[Element], seam: Seam, box: Box) -> None:
+        """A slope at a seam alone has its sign or is that on a side: v does not depend on it, but its gradient does."""
+        if box.sign(at)[0] in (0, claim.sign):
+            return
+        for side in limits:
+            left, right = side.numerator * at.denominator, at.numerator * side.denominator
+            if difference(self.field, left, right, box)[0] is None:
+                return
+        raise _Jump(f"{seam.label}: {claim.of} is not what it is on either side", at)
 
     def _step(
         self, claim: Claim, before: Element, after: Element, allowed: int, seam: Seam, box: Box, decision: Decision
@@ -276,12 +301,17 @@ class Case:
         place = seam.low if seam.low is not None else seam.root
         if place is not None:
             self._witness(claim, place)
-        raise _Jump(f"{seam.label}: v or its slope jumps", Element(self.field, kept, self.field.one.numerator))
+        what = claim.of if claim.order == 1 else f"{claim.of} or its slope"
+        raise _Jump(f"{seam.label}: {what} jumps", Element(self.field, kept, self.field.one.numerator))
 
     # -- witnesses --------------------------------------------------------------------------------------------
 
     def _witness(self, claim: Claim, near: Fraction | Element, widths: Sequence[int] = ALL_WIDTHS) -> None:
-        """Raises _Disproved if points near a place contradict the claim."""
+        """Raises _Disproved if points near a place contradict the claim.
+
+        A slope does so only on an interval around each point: the integral does not depend on it at the point alone.
+        """
+        share = SHARE if claim.of == "v'" else Fraction(0)
         for parameters in self.samples:
             place = near if isinstance(near, Fraction) else self._at(near, parameters)
             if place is None:
@@ -289,21 +319,16 @@ class Case:
             for k in widths:
                 self.field.require_time()
                 width = max(abs(place), Fraction(1, 2**20)) / 2**k
-                for points in _candidates(claim, place, width):
+                for points in candidates(claim, place, width):
                     if claim.side and min(claim.side * points[0], claim.side * points[-1]) <= 0:
                         continue
                     try:
-                        values = [value_at(self.nodes, u, parameters) for u in points]
+                        values = [value_at(self.nodes, u, parameters, share) for u in points]
+                        if contradicted(claim, values):
+                            exact = [value_at(self.nodes, u, parameters) for u in points] if share else values
+                            raise _Disproved(points, exact, dict(parameters))
                     except (ValueError, ZeroDivisionError):
                         continue
-                    if claim.order == 1:
-                        wrong = ordered(values[0], values[1], _SHARE)
-                    elif claim.sign < 0:
-                        wrong = ordered((values[0] + values[2]) / 2, values[1], _SHARE)
-                    else:
-                        wrong = ordered(values[1], (values[0] + values[2]) / 2, _SHARE)
-                    if wrong:
-                        raise _Disproved(points, values, dict(parameters))
 
     def _at(self, element: Element, parameters: Mapping[str, Fraction]) -> Fraction | None:
         """About the value of an expression in the parameters; None if it is undefined."""
@@ -327,20 +352,10 @@ class _Disproved(Exception):
         self.points, self.values, self.parameters = points, values, parameters
 
 
-def _candidates(claim: Claim, place: Fraction, width: Fraction) -> Iterator[list[Fraction]]:
-    """Outcomes near ``place`` to compare, as short decimals and as they are."""
-    digits = 2 - math.floor(math.log10(width))
-    if claim.order == 1:
-        for points in ([place - width, place + width], [place - width, place], [place, place + width]):
-            yield from ([round(u, digits) for u in points], points)
-        return
-    for middle in (place, place - width / 4, place + width / 4):
-        for m, w in ((round(middle, digits), round(width, digits)), (middle, width)):
-            yield [m - w, m, m + w]
-
-
 def _differentiated(element: Element, order: int) -> Element:
-    return element.derivative if order == 1 else element.derivative.derivative
+    for _ in range(order):
+        element = element.derivative
+    return element
 
 
 def _narrow(low: Bound, high: Bound) -> bool:

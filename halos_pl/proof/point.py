@@ -11,6 +11,7 @@ from halos_pl.proof.interval import ball
 from halos_pl.proof.program import CHOICES, COUNTS, Node
 
 Number = fmpq | arb
+_LARGE = 2**16  # a whole number from there on may be a rounded constant
 _FUNCTIONS = {
     "exp": lambda x: x.exp(),
     "log": lambda x: x.log(),
@@ -25,8 +26,17 @@ _FUNCTIONS = {
 }
 
 
-def value_at(nodes: Sequence[Node], u: Fraction, parameters: Mapping[str, Fraction]) -> arb:
+def value_at(
+    nodes: Sequence[Node], u: Fraction, parameters: Mapping[str, Fraction], share: Fraction = Fraction(0)
+) -> arb:
     """Encloses v(u). Rationals are kept exact, so that choices are too where they compare rationals.
+
+    Args:
+        nodes: the expression of v.
+        u: the outcome.
+        parameters: the value of each unknown in it.
+        share: if above 0, the result contains v at all outcomes within this share of |u| + 2^-20, and with constants
+            that differ by this share.
 
     Raises:
         ValueError: a choice cannot be decided, or v is undefined there.
@@ -45,12 +55,13 @@ def value_at(nodes: Sequence[Node], u: Fraction, parameters: Mapping[str, Fracti
             continue
         xs = [values[x] for x in wanted]
         if name == "u":
-            values[index] = fmpq(u.numerator, u.denominator)
+            values[index] = _about(u, share * (abs(u) + Fraction(1, 2**20)))
         elif name == "parameter":
             values[index] = fmpq(parameters[str(operands[0])].numerator, parameters[str(operands[0])].denominator)
         elif name == "constant":
             constant = Fraction(str(operands[0]))
-            values[index] = fmpq(constant.numerator, constant.denominator)
+            exact = constant.denominator == 1 and abs(constant) < _LARGE
+            values[index] = _about(constant, 0 if exact else share * abs(constant))
         else:
             values[index] = _computed(name, xs)
         todo.pop()
@@ -59,6 +70,10 @@ def value_at(nodes: Sequence[Node], u: Fraction, parameters: Mapping[str, Fracti
     if not result.is_finite():
         raise ValueError(f"v({float(u):g}) is undefined")
     return result
+
+
+def _about(x: Fraction, radius: Fraction | int) -> Number:
+    return ball(x - radius).union(ball(x + radius)) if radius else fmpq(x.numerator, x.denominator)
 
 
 def _chosen(name: str, condition: Number, branches: list[int]) -> int:

@@ -10,8 +10,9 @@ from fractions import Fraction
 from flint import arb
 from torch import nn
 
+from halos_pl.proof.by_slope import Slope, no_integral, subject
 from halos_pl.proof.cases import Prover
-from halos_pl.proof.claims import CLAIMS, Claim, Decision, Status
+from halos_pl.proof.claims import CLAIMS, CLAIMS_ON_SLOPES, Claim, Decision, Status
 from halos_pl.proof.contexts import mismatch
 from halos_pl.proof.element import UndecidedError
 from halos_pl.proof.interval import INF, NEGATIVE_INF, REALS, Interval
@@ -143,7 +144,8 @@ def _with_the_given(v: nn.Module, outcome: Outcome) -> Outcome:
 
 
 def _recorded(v: nn.Module, learnable: Unknowns, hyper: Unknowns) -> tuple[tuple[Node, ...], Unknowns]:
-    """The expression of v with as many unknowns as its code allows."""
+    """The expression of v, or of its slope, with as many unknowns as its code allows."""
+    v = subject(v)
     try:
         return trace(v, {name: symbol for name, (symbol, _) in (learnable | hyper).items()}), learnable | hyper
     except UntraceableError:
@@ -168,12 +170,13 @@ def prove(v: nn.Module) -> Proof:
     """
     start = time.process_time()
     learnable, hyper = _unknowns(v)
+    claims = CLAIMS if subject(v) is v else CLAIMS_ON_SLOPES
     try:
-        plain = trace(v, {name: symbol for name, (symbol, _) in learnable.items()})
+        plain = trace(subject(v), {name: symbol for name, (symbol, _) in learnable.items()})
         deadline = time.process_time() + SECONDS
         entries = _entries(learnable)
-        outcomes = _decided(plain, entries, CLAIMS, _samples(entries), deadline)
-        if why := _unfaithful(v, plain, learnable):
+        outcomes = _decided(plain, entries, claims, _samples(entries), deadline)
+        if why := _unfaithful(v, plain, learnable, outcomes):
             outcomes = _undecided(why)
         proved = [outcome.claim for outcome in outcomes.values() if outcome.status == "proved"]
         if hyper and proved:
@@ -189,15 +192,22 @@ def prove(v: nn.Module) -> Proof:
                     wider |= _decided(graph, entries, proved, others, deadline)
                 outcomes = _widened(outcomes, wider)
     except UntraceableError as error:
-        outcomes = _undecided(str(error))
+        outcomes = _undecided(f"{'its slope ' * isinstance(subject(v), Slope)}{error}")
     outcomes = {name: _with_the_given(v, outcome) for name, outcome in outcomes.items()}
     return Proof(type(v).__name__, outcomes, time.process_time() - start)
 
 
-def _unfaithful(v: nn.Module, graph: tuple[Node, ...], learnable: Unknowns) -> str:
-    """Why v, as programs call it, is not what was recorded; empty if it is."""
+def _unfaithful(v: nn.Module, graph: tuple[Node, ...], learnable: Unknowns, outcomes: Mapping[str, Outcome]) -> str:
+    """Why v, as programs call it, is not what was recorded, or not the integral of it; empty if it is."""
+    values = {name: value for name, (_, value) in _entries(learnable).items()}
     try:
-        return mismatch(v, graph, {name: value for name, (_, value) in _entries(learnable).items()})
+        recorded, provers = subject(v), [each.prover for each in outcomes.values() if each.status != "undecided"]
+        if not isinstance(recorded, Slope):
+            return mismatch(recorded, graph, values)
+        if (why := mismatch(recorded, graph, values, "v'")) or not provers:
+            return why
+        assert provers[0] is not None
+        return no_integral(recorded, provers[0].seams)
     except Exception as error:
         return f"it raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
@@ -274,9 +284,14 @@ def _widened(outcomes: Mapping[str, Outcome], wider: Mapping[str, Outcome]) -> d
 
 def witness(claim: Claim, decision: Decision) -> str:
     """The disproof in numbers."""
-    texts = [f"v({_number(u)}) = {_digits(value)}" for u, value in zip(decision.points, decision.values, strict=True)]
+    texts = [
+        f"{claim.of}({_number(u)}) = {_digits(value)}"
+        for u, value in zip(decision.points, decision.values, strict=True)
+    ]
+    if claim.order == 0:
+        return f"{texts[0]} {'<' if claim.sign > 0 else '>'} 0"
     if claim.order == 1:
-        return f"{texts[0]} > {texts[1]}"
+        return f"{texts[0]} {'>' if claim.sign > 0 else '<'} {texts[1]}"
     middle = (decision.values[0] + decision.values[2]) / 2
     a, c = _number(decision.points[0]), _number(decision.points[2])
     sign = "<" if claim.sign < 0 else ">"

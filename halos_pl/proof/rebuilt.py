@@ -8,6 +8,7 @@ from fractions import Fraction
 from flint import arb
 from torch import nn
 
+from halos_pl.proof.by_slope import subject
 from halos_pl.proof.construction import built
 from halos_pl.proof.point import ordered, value_at
 from halos_pl.proof.program import Node, rational
@@ -52,7 +53,7 @@ def difference(
 
     Args:
         v: a value function.
-        graph: its expression.
+        graph: what was recorded of it.
         symbols: the unknowns in it, by name.
         hyper: those that are hyper-parameters.
         own: the present value of each unknown.
@@ -75,8 +76,9 @@ def difference(
         there = {name: _moved(symbol, name, modules) for name, symbol in symbols.items()}
         numbers = {**own, **{name: rational(value) for name, value in setting.items()}}
         try:
-            same = trace(other, there, once=True) == graph
-            plain = trace(other, {name: symbol for name, symbol in there.items() if name not in hyper}, once=True)
+            same = trace(subject(other), there, once=True) == graph
+            given = {name: symbol for name, symbol in there.items() if name not in hyper}
+            plain = trace(subject(other), given, once=True)
         except UntraceableError as error:
             return f"built with {text}, it {error}"
         if not same or _differs(graph, plain, numbers):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from halos_pl.common.messages import raised
 from halos_pl.proof.program import Node
 from halos_pl.proof.recorder import Recorded, Recorder, UntraceableError, refusals, refused
+from value_functions.by_slope import Integral
 
 # Constants of float32 and float64 may differ by this share, those of a table by this share of the largest.
 _ROUNDED = Fraction(1, 2**16)
@@ -26,6 +27,8 @@ def _own_backwards_refused() -> Iterator[None]:
     apply = torch.autograd.Function.__dict__["apply"]
 
     def guarded(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls is Integral:
+            raise refused("it contains a value function that is given by its slope, which is proved only by itself")
         if not cls.__module__.startswith("torch."):
             raise refused(f"{cls.__name__} is an autograd Function with a backward of its own")
         return apply.__get__(None, cls)(*args, **kwargs)

@@ -15,6 +15,7 @@ from halos_pl.distributed import world_size
 from halos_pl.objective.halo import Context, Objective, Result
 from halos_pl.policy.kl import completion_kl
 from halos_pl.policy.logprobs import completion_mask
+from halos_pl.policy.reference import check_divergence
 from halos_pl.policy.scorer import Scorer, scorer_of
 from halos_pl.policy.sharding import is_sharded, most_over_ranks
 from halos_pl.training.parts import Part, Rows, on_device, split
@@ -62,7 +63,8 @@ class StepEngine:
 
     Raises:
         TypeError: if the objective, the policy or the reference has the wrong type.
-        ValueError: if ``micro_batch_rows`` is below 1, or a reference or sampler that the objective needs is missing.
+        ValueError: if ``micro_batch_rows`` is below 1, a reference or sampler that the objective needs is missing, or
+            the reference consists of several models and the objective needs the exact KL divergence.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class StepEngine:
             raise ValueError(f"micro_batch_rows is {micro_batch_rows}; it must be a whole number from 1, or None")
         if objective.needs.reference and reference is None:
             raise ValueError("the objective needs log pi_ref; give the engine a reference")
+        check_divergence(reference, objective.needs)
         if objective.needs.samples and sampler is None:
             raise ValueError("the objective needs samples of the policy; give the engine a sampler")
         self.objective, self.policy, self.reference = objective, policy, reference

@@ -10,12 +10,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+import halos_pl.policy.moving_reference  # noqa: F401  # its classes are found by their bare names
 from halos_pl.batch import Needs
 from halos_pl.policy.adapters import chain
 from halos_pl.policy.architecture import base_model, has_adapter, noise_settings
 from halos_pl.policy.limits import check_length, check_vocabulary
 from halos_pl.policy.loading import ModelSpec, check_files, check_reward_model, load_model, load_tokenizer
-from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
+from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel, check_divergence
 from halos_pl.policy.scalar_head import freeze_language_head
 from halos_pl.policy.scorer import PrefixSharing, Scorer
 from halos_pl.policy.sharding import Sharding
@@ -66,6 +67,7 @@ class Models:
                 f"model.prefix_sharing is always, which needs sdpa attention, but model.policy.attn_implementation is"
                 f" {self.spec.attn_implementation}; choose auto or never"
             )
+        check_divergence(self.reference_model, needs)
         if reference_store and not self.reference_model.storable and self.can_compare:
             raise ValueError(
                 f"model.reference_store is true, but log-probs of {type(self.reference_model).__name__} cannot be"

@@ -205,13 +205,16 @@ class Rescorer:
         self.policy.load_state_dict(recorded.weights)
         if recorded.head is not None:
             self.head = recorded.head.clone().requires_grad_()
-        self.reference.load_state_dict(LOSSES[objective].reference([s.weights for s in steps[: number + 1]]))
         rows = self.rows(objective, recorded)
         with torch.set_grad_enabled(gradient):
             policy = [self.logps(self.policy, prompt, completion) for _, prompt, completion, _ in rows]
             scalar = torch.stack([self.scalar(prompt, completion) for _, prompt, completion, _ in rows])
         with torch.no_grad():
-            reference = [self.logps(self.reference, prompt, completion) for _, prompt, completion, _ in rows]
+            reference = [torch.zeros(len(completion), dtype=torch.float64) for _, _, completion, _ in rows]
+            for share, weights in LOSSES[objective].references([s.weights for s in steps[: number + 1]]):
+                self.reference.load_state_dict(weights)
+                for total, (_, prompt, completion, _) in zip(reference, rows, strict=True):
+                    total += share * self.logps(self.reference, prompt, completion)
         places = {name: i for i, name in enumerate(recorded.names)}
         pair = []
         for name, is_mismatched in zip(recorded.names, recorded.mismatched, strict=True):

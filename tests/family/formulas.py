@@ -82,6 +82,8 @@ class Step:
 
 Formula = Callable[[Step, Sequence[Step]], Tensor]
 Question = Callable[[Step], bool]
+Weights = dict[str, Tensor]
+Shares = list[tuple[float, Weights]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Loss:
         data: what one example of a step is: ``rows``, ``pairs`` or ``groups`` (all rows of a prompt); ``scored`` groups
             and ``scored_pairs`` have scores.
         reference: the policy's weights at each step so far (the first are the start, the last those of this
-            step) to the reference's; left out, the start's.
+            step) to the reference's, or to several with their shares in log pi_ref; left out, the start's.
         reaches: cases that must occur within a run, or the run has not tested them.
         uses_reference: False where the loss is the same whatever the reference model says.
         has_history: the formula takes the steps before this one.
@@ -103,12 +105,17 @@ class Loss:
 
     of: Formula
     data: str
-    reference: Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]] = lambda weights: weights[0]
+    reference: Callable[[Sequence[Weights]], Weights | Shares] = lambda weights: weights[0]
     reaches: dict[str, Question] = field(default_factory=dict)
     uses_reference: bool = True
     has_history: bool = False
     control: tuple[str, str] | None = None
     imitates: bool = False
+
+    def references(self, weights: Sequence[Weights]) -> Shares:
+        """Each model of the reference and its share, at a step as for ``reference``."""
+        found = self.reference(weights)
+        return found if isinstance(found, list) else [(1.0, found)]
 
 
 LOSSES: dict[str, Loss] = {}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from math import e, exp, expm1, gamma, log
 
 import torch
-from formulas import BETA, Step, advantage, every_second_step, loss, over_rows, sigma, some
+from formulas import BETA, Shares, Step, Weights, advantage, every_second_step, loss, over_rows, sigma, some
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -130,6 +130,18 @@ def beta_dpo(step: Step, past: Sequence[Step]) -> Tensor:
 
 
 # -- scores ----------------------------------------------------------------------------------------------------
+
+
+def past_policies(weights: Sequence[Weights]) -> Shares:
+    """A third of the start and the mean of the two last of the policies after steps 0, 0, 2, 4, ..."""
+    past = [weights[0], weights[0], *weights[2::2]]
+    return [(0.3333, weights[0]), *((0.6667 / 2, each) for each in past[-2:])]
+
+
+@loss("mnpo", reference=past_policies)
+def mnpo(step: Step) -> Tensor:
+    """arXiv 2509.23102, eta = .0075."""
+    return (step.margin(step.r) - 1 / (2 * 0.0075)).square().mean()
 
 
 @loss("rebel", data="scored_pairs")
@@ -316,3 +328,26 @@ def fipo(step: Step) -> Tensor:
         running = 2 ** (-1 / 32) * running + torch.where(step.mask[:, t], step.token_ratio[:, t].detach(), 0.0)
         ahead[:, t] = running
     return over_tokens(step, ahead.exp().clamp(1.0, 1.2) * hard_clip(step, torch.exp(step.token_ratio)))
+
+
+@loss(
+    "real",
+    data="groups",
+    reaches={"several of one class": lambda step: bool((of_one_class(step) > 1).any())},
+)
+def real(step: Step) -> Tensor:
+    """arXiv 2602.05630, tau = .5: a prompt at a time; without both classes, a prompt has no loss."""
+    prompts = step.prompt[step.train].unique()
+    total = torch.zeros((), dtype=step.policy.dtype)
+    for prompt in prompts:
+        good, bad = (step.train & (step.prompt == prompt) & side for side in (step.desirable, ~step.desirable))
+        if good.any() and bad.any():
+            s = step.r / step.length / 0.5
+            total = total + torch.log1p(torch.exp(-s[good]).sum()) + torch.log1p(torch.exp(s[bad]).sum())
+    return total / len(prompts)
+
+
+def of_one_class(step: Step) -> Tensor:
+    """Number of rows of the prompt and class of each row, [n]."""
+    same = (step.prompt[:, None] == step.prompt) & (step.desirable[:, None] == step.desirable) & step.train
+    return same.sum(1)

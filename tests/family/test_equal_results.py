@@ -12,8 +12,8 @@ import yaml
 from family_runs import FILES, FOLDER, Recorded, run
 from run_halos import write_data
 
+import halos_pl
 from halos_pl.policy import head
-from halos_pl.policy import reference as references
 
 STEPS = 3
 # Differences stay as small as they are: AdamW would divide what is only rounding by its own size.
@@ -32,7 +32,7 @@ WAYS: dict[str, tuple[str, ...]] = {
 def _reference(objective: str) -> Any:
     given = yaml.safe_load((FOLDER / f"{objective}.yaml").read_text())["model"].get("reference_model")
     name = given["class_path"] if isinstance(given, dict) else given or "FrozenCopy"
-    return getattr(references, name.rpartition(".")[2])
+    return getattr(halos_pl, name.rpartition(".")[2])
 
 
 TRAINED: dict[str, tuple[str, ...]] = {"whole": (), "adapter": ("--model.policy.lora.r=4",)}

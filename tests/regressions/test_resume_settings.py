@@ -31,7 +31,8 @@ from halos_pl.objective.halo import HALO
 from halos_pl.objective.reference_points import MismatchedKL, RunningMean
 from halos_pl.objective.rewards import LogRatio
 from halos_pl.policy.loading import LoRASpec, ModelSpec
-from halos_pl.policy.reference import FrozenCopy, SyncedCopy
+from halos_pl.policy.moving_reference import PastPolicies, SyncedCopy
+from halos_pl.policy.reference import FrozenCopy
 from halos_pl.training.module import HALOModule
 from halos_pl.training.optim import Change, Schedule, guard
 from halos_pl.training.resume import KeepSettings
@@ -251,6 +252,12 @@ def extra(weight: float) -> list[Any]:
             {"reference_model": SyncedCopy(every=2)},
             {"reference_model": SyncedCopy(every=3)},
             "model.reference_model.every",
+            ("2", "3"),
+        ),
+        (
+            {"reference_model": PastPolicies(every=2, keep=2, start=0.5)},
+            {"reference_model": PastPolicies(every=2, keep=3, start=0.5)},
+            "model.reference_model.keep",
             ("2", "3"),
         ),
         ({}, {"policy": ModelSpec("somewhere", dtype="bfloat16")}, "model.policy.dtype", ("float32", "bfloat16")),

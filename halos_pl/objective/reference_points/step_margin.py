@@ -15,7 +15,10 @@ from halos_pl.objective.reference_points.base import Estimate
 from halos_pl.objective.reference_points.paired_completion import PairedCompletion
 from halos_pl.objective.rewards.base import per_row
 
-_MARGIN = {"reference_in_range": "a margin is added to the reward of the other completion"}
+_MARGIN = {
+    "reference_in_range": "a margin is added to the reward of the other completion",
+    "reference_detached": "the margin depends on the policy, without gradient",
+}
 
 
 class _StepMargin(PairedCompletion):
@@ -58,10 +61,7 @@ class NormalisedGapMargin(_StepMargin):
     """
 
     needs = Needs(pairs=True, whole_step=True, reference=True)
-    violates: Mapping[str, str] = {
-        **_MARGIN,
-        "reference_detached": "the margin depends on the policy's log-ratios, without gradient",
-    }
+    violates: Mapping[str, str] = _MARGIN
 
     def __init__(self, *, alpha: float = 0.05, gamma: float = 0.3) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class AllottedMargin(_StepMargin):
     needs = Needs(pairs=True, whole_step=True)
     violates: Mapping[str, str] = _MARGIN
 
-    def __init__(self, *, gamma: float = 0.5, beta: float = 2.0, tau: float = 10.0, iterations: int = 20) -> None:
+    def __init__(self, *, gamma: float = 0.5, beta: float = 2.0, tau: float = 1.0, iterations: int = 20) -> None:
         super().__init__()
         if not (0 < tau < math.inf and beta > 0 and iterations >= 1):
             raise ValueError(
