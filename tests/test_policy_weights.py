@@ -79,14 +79,14 @@ class Returning(PolicyWeight):
         return self.what
 
 
-@pytest.mark.parametrize(("what", "error"), [(0.5, TypeError), (None, TypeError), (torch.ones(1), ValueError)])
-def test_what_is_no_number_for_each_row_is_refused(what, error):
-    with pytest.raises(error, match=r"^Returning returns"):
+@pytest.mark.parametrize("what", [0.5, None, torch.ones(1)])
+def test_what_is_no_number_for_each_row_is_refused(what):
+    with pytest.raises(ValueError, match=r"^Returning returns"):
         PolicyWeighted(halo=dpo(), policy_weight=Returning(what))(random_rows(0, 2))
 
 
 def test_a_weight_acts_on_the_loss_or_the_outcome():
-    with pytest.raises(ValueError, match="Given: acts_on is 'outcomes'"):
+    with pytest.raises(ValueError, match=r"^Given: acts_on"):
         PolicyWeighted(halo=dpo(), policy_weight=Given(0.5, "outcomes"))  # type: ignore[arg-type]
 
 

@@ -27,6 +27,10 @@ class BySlope(ValueFunction):
 
     A subclass defines ``slope`` instead of ``forward``, and has no learnable parameters.
 
+    Raises:
+        TypeError: when called: there are parameters to learn.
+        ValueError: when called: ``slope`` does not return a tensor of the shape of u.
+
     Attributes:
         kinks: outcomes, in nats, at which the slope jumps or bends; panels end there.
     """
@@ -48,8 +52,15 @@ class BySlope(ValueFunction):
                 f"{type(self).__name__}: {learned[0]} cannot be learned: a value function given by its slope has a"
                 " gradient in u only; make it a number"
             )
-        value: Tensor = Integral.apply(u, self.slope, tuple(self.kinks))  # type: ignore[no-untyped-call]
+        value: Tensor = Integral.apply(u, self._slope, tuple(self.kinks))  # type: ignore[no-untyped-call]
         return value
+
+    def _slope(self, u: Tensor) -> Tensor:
+        slope: Any = self.slope(u)
+        if not isinstance(slope, Tensor) or slope.shape != u.shape:
+            what = f"shape {tuple(slope.shape)}" if isinstance(slope, Tensor) else f"a {type(slope).__name__}"
+            raise ValueError(f"{type(self).__name__}: slope returns {what}, not a tensor of shape {tuple(u.shape)}")
+        return slope
 
 
 class Integral(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -26,7 +27,8 @@ class GammaWeight(BySlope):
         decay: rate lambda at which large ratios lose their weight, above 0.
 
     Raises:
-        ValueError: an argument is not above 0.
+        ValueError: an argument is not above 0, or the largest slope, e^(power * log(power / decay) - power + decay), is
+            above e^40.
     """
 
     ranges: Mapping[str, Range] = {"power": POSITIVE, "decay": POSITIVE}
@@ -35,6 +37,12 @@ class GammaWeight(BySlope):
     def __init__(self, *, power: float = 2.0, decay: float = 3.0) -> None:
         super().__init__()
         self.power, self.decay = self.accepted("power", power), self.accepted("decay", decay)
+        peak = self.power * (math.log(self.power) - math.log(self.decay)) - self.power + self.decay
+        if not peak <= 40:
+            raise ValueError(
+                f"GammaWeight: power is {power} and decay {decay}; the slope would reach e^{peak:.3g}, more than e^40:"
+                " bring them closer together"
+            )
 
     def slope(self, u: Tensor) -> Tensor:
         u = u.clamp(max=_LAST)

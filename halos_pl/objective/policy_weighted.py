@@ -28,9 +28,9 @@ class PolicyWeighted(Objective):
         policy_weight: w(theta), which multiplies the rows' weights or their outcomes.
 
     Raises:
-        TypeError: ``halo`` is no HALO or ``policy_weight`` no policy weight; when called: w(theta) is no tensor.
+        TypeError: ``halo`` is no HALO or ``policy_weight`` no policy weight.
         ValueError: the policy weight acts on something else, or the feedback is to set the ratio of the classes'
-            slopes; when called: w(theta) is negative, not finite or of the wrong shape.
+            slopes; when called: w(theta) is no tensor, negative, not finite or of the wrong shape.
     """
 
     def __init__(self, *, halo: HALO, policy_weight: PolicyWeight) -> None:
@@ -57,7 +57,7 @@ class PolicyWeighted(Objective):
         context, rewards = self.of.prepare(rows), self.of.reward(rows)
         weight, name = self.policy_weight(rewards, rows), type(self.policy_weight).__name__
         if not isinstance(weight, Tensor):
-            raise TypeError(f"{name} returns a {type(weight).__name__}; return a tensor with a number for each row")
+            raise ValueError(f"{name} returns a {type(weight).__name__}; return a tensor with a number for each row")
         if weight.shape not in (rewards.shape, rewards.shape[:1]):
             raise ValueError(f"{name} returns shape {tuple(weight.shape)}, not {tuple(rewards.shape)}")
         counted = rows.labels.train if weight.dim() == 1 else rows.mask & rows.labels.train[:, None]
