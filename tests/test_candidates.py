@@ -259,6 +259,7 @@ ACCEPTED = {
     *("aot", "aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "bco", "bco_pair", "cdpo", "discopop", "dpo"),
     *("dpo_alpha", "dpo_forward_kl", "dpo_jensen_shannon", "exo_pair", "hinge", "humanline_dpo", "ipo"),
     *("kto_zero_reference", "nca_pair", "robust_dpo", "slic", "sppo_hard", "tr_dpo"),
+    *("beta_dpo", "dpo_sigmoid", "infonca", "mnpo", "npo", "plackett_luce"),
 }
 
 

@@ -92,7 +92,7 @@ def subclasses(base: type) -> Iterator[type]:
         yield from subclasses(cls)
 
 
-KNOWN = {cls.__name__: cls for base in (*build.PARTS.values(), ReferenceModel, Transform) for cls in subclasses(base)}
+KNOWN = {cls.__name__: cls for base in (*build.KINDS, ReferenceModel, Transform) for cls in subclasses(base)}
 
 
 def plugins_within(config: Any) -> Iterator[dict[str, Any]]:

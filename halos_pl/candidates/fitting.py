@@ -21,6 +21,7 @@ UNMET = {
     "exact_kl": "set reference_point to CandidateKL, which is exact",
     "samples": "set reference_point to CandidateKL, which needs no samples",
     "routing": "there are no experts",
+    "scores": "votes have no scores",
     "scalar": "there is no scalar head",
 }
 #: Most numbers in one tensor of all fits, which then stays in the processor's cache; more fits are done in turn.
@@ -61,13 +62,12 @@ def refuse(objective: Objective) -> None:
 
 
 def _of_tokens(objective: Objective, tokens: int) -> Tensor:
-    """The loss of two pairs of which one row has ``tokens`` tokens, the others one; no log-prob depends on it."""
+    """The loss of two pairs of which one row of each class has ``tokens`` tokens; no log-prob depends on it."""
     logps = torch.tensor([[-1.0, -2.5], [-4.0, -0.5], [-3.0, -1.5], [-0.7, -2.2]], dtype=torch.float64)
     columns = logps.T[:, :, None].expand(2, 4, tokens).clone()
-    columns[:, 0] /= tokens
-    columns[:, 1:, 1:] = 0
     mask = (torch.arange(tokens) == 0).repeat(4, 1)
-    mask[0] = True
+    mask[[0, 3]] = True
+    columns = torch.where(mask, columns / mask.sum(dim=1, keepdim=True), 0.0)
     place = torch.arange(4)
     labels = Labels(desirable=place % 2 == 0, pair=place ^ 1, group=place // 2)
     kl = logps.new_full((4,), 0.1)

@@ -252,7 +252,7 @@ def assert_the_formulas(objective: str, steps: list[Recorded], rescorer: Rescore
                 expected["head"], gradient_of["head"] = rescorer.head.grad, recorded.head_gradient
             assert gradient_of.keys() == expected.keys()
             whole = torch.stack([each.norm() for each in expected.values()]).norm()
-            assert whole > 1e-4, f"step {number} has nothing to learn"
+            assert whole > (1e-9 if loss.faint else 1e-4), f"step {number} has nothing to learn"
             for name, theirs in expected.items():
                 error = (gradient_of[name] - theirs).norm()
                 assert error <= 1e-5 * (theirs.norm() + 0.1 * whole), f"step {number}: gradient of {name}"

@@ -101,6 +101,7 @@ class Loss:
         has_history: the formula takes the steps before this one.
         control: the texts between the prompt and a desirable or an undesirable completion.
         imitates: only desirable rows are trained on.
+        faint: rows weigh as much as the policy's probability of them, which is small in an untrained model.
     """
 
     of: Formula
@@ -111,6 +112,7 @@ class Loss:
     has_history: bool = False
     control: tuple[str, str] | None = None
     imitates: bool = False
+    faint: bool = False
 
     def references(self, weights: Sequence[Weights]) -> Shares:
         """Each model of the reference and its share, at a step as for ``reference``."""

@@ -112,7 +112,7 @@ def gamma_po(step: Step) -> Tensor:
     return -logsigmoid(gap - total * n * p).mean()
 
 
-@loss("wpo")
+@loss("wpo", faint=True)
 def wpo(step: Step) -> Tensor:
     """Zhou et al. 2024, eq. 2."""
     chosen, rejected = step.chosen_and_rejected(torch.exp(step.logp / step.length).detach())
