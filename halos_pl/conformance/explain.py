@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import textwrap
 
-from halos_pl.conformance import feedback, objective, reference_point, reward, value_function
+from halos_pl.conformance import feedback, objective, policy_weight, reference_point, reward, value_function
 from halos_pl.conformance.clause import EXPLANATIONS, Law
 
 #: The clauses of each kind of target, in the order of the definition.
@@ -18,6 +18,7 @@ CLAUSES: dict[str, tuple[Law, ...]] = {
     "ReferencePoint": reference_point.CLAUSES,
     "Feedback": feedback.CLAUSES,
     "HALO": objective.CLAUSES,
+    "PolicyWeight": (policy_weight.policy_weight,),
 }
 
 

@@ -101,6 +101,7 @@ class Loss:
         has_history: the formula takes the steps before this one.
         control: the texts between the prompt and a desirable or an undesirable completion.
         imitates: only desirable rows are trained on.
+        idle: settings of its file that do not change it, by name or dotted place.
         faint: rows weigh as much as the policy's probability of them, which is small in an untrained model.
     """
 
@@ -113,6 +114,7 @@ class Loss:
     control: tuple[str, str] | None = None
     imitates: bool = False
     faint: bool = False
+    idle: tuple[str, ...] = ()
 
     def references(self, weights: Sequence[Weights]) -> Shares:
         """Each model of the reference and its share, at a step as for ``reference``."""

@@ -99,7 +99,7 @@ def alpha_dpo(step: Step) -> Tensor:
     return -logsigmoid(2.5 * (step.margin(step.logp / step.length) - 0.3 - 0.05 * z)).mean()
 
 
-@loss("gamma_po", uses_reference=False)
+@loss("gamma_po", uses_reference=False, idle=("iterations",))  # it has converged
 def gamma_po(step: Step) -> Tensor:
     """Sun et al. 2025, eq. 8, beta = 2, a mean margin of .5 nats, tau = 10: 20 multiplicative steps."""
     gap = 2 * step.margin(step.logp / step.length)
@@ -144,7 +144,7 @@ def mnpo(step: Step) -> Tensor:
     return (step.margin(step.r) - 1 / (2 * 0.0075)).square().mean()
 
 
-@loss("rebel", data="scored_pairs")
+@loss("rebel", data="scored_pairs", idle=("label_smoothing",))  # the square is the same from both sides
 def rebel(step: Step) -> Tensor:
     """Gao et al. 2024, eq. 6, eta = 1."""
     return (step.margin(step.r) - step.margin(step.score)).square().mean()
@@ -311,7 +311,13 @@ def hard_clip(step: Step, ratio: Tensor) -> Tensor:
     return both_signs(step, ratio.clamp(max=1.2), ratio.clamp(min=0.8))
 
 
-@loss("humanline_grpo", data="groups", reference=every_second_step(1.0))
+_BEYOND_THE_CLIP = (  # where the ratio is clipped already
+    "value_function.init_args.high",
+    "extra_terms.0.init_args.value_function.init_args.low",
+)
+
+
+@loss("humanline_grpo", data="groups", reference=every_second_step(1.0), idle=_BEYOND_THE_CLIP)
 def humanline_grpo(step: Step) -> Tensor:
     """Token log-ratios within (-1, 1.5), then PPO's clip; .04 on the KL estimate."""
     ratio = step.token_ratio

@@ -23,6 +23,8 @@ from halos_pl.conformance.witness import Raised
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.feedback import Binary, Feedback, Judgement
 from halos_pl.objective.halo import HALO
+from halos_pl.objective.policy_weighted import PolicyWeighted
+from halos_pl.objective.policy_weights import PolicyWeight
 from halos_pl.objective.reference_points import Estimate, MismatchedKL, ReferencePoint
 from halos_pl.objective.reference_points.base import MeanOverRanks
 from halos_pl.objective.rewards import LogRatio, Reward
@@ -36,7 +38,7 @@ NAMES = {
     "Judgement": Judgement,
     "MeanOverRanks": MeanOverRanks,
     "Estimate": Estimate,
-    **{kind.__name__: kind for kind in (ValueFunction, Reward, ReferencePoint, Feedback, HALO)},
+    **{kind.__name__: kind for kind in (ValueFunction, Reward, ReferencePoint, Feedback, HALO, PolicyWeight)},
 }
 MINE = """
 import torch
@@ -52,13 +54,22 @@ class Softsign(ValueFunction):
         return x / (1 + x.abs())
 """
 # The slow ones draw many steps, or search the whole of a curve.
-QUICK = ("shape", "no_in_place_change", "reward_shape", "reference_detached", "feedback_sign", "feedback_weight")
+QUICK = (
+    "policy_weight",
+    "shape",
+    "no_in_place_change",
+    "reward_shape",
+    "reference_detached",
+    "feedback_sign",
+    "feedback_weight",
+)
 
 
 def test_every_clause_of_the_suite_is_explained() -> None:
     """As the suite itself names them, of every kind of target."""
     kto = load_objective(ROOT / "experiments/objectives/kto.yaml")
-    targets = [Logistic(), LogRatio(), MismatchedKL(), Binary(), kto]
+    weighted = load_objective(ROOT / "experiments/objectives/wpo.yaml")
+    targets = [Logistic(), LogRatio(), MismatchedKL(), Binary(), kto, weighted]
     assert {clause.name for target in targets for clause in clauses(target)} == set(EXPLANATIONS)
     assert all(it.means and it.cure for it in EXPLANATIONS.values())
 
@@ -68,9 +79,12 @@ def test_an_example_fails_its_clause(clause: str) -> None:
     names: dict[str, Any] = dict(NAMES)
     exec(code(clause), names)
     kind = kind_of(clause)
+    parts = {"reward": LogRatio(), "reference_point": MismatchedKL(clamp=False), "value_function": Logistic()}
     if kind == "HALO":
-        parts = {"reward": LogRatio(), "reference_point": MismatchedKL(clamp=False), "value_function": Logistic()}
         target = names["Example"](**parts, feedback=Binary(), reflect_undesirable=False)
+    elif kind == "PolicyWeight":
+        halo = HALO(**parts, feedback=Binary(), reflect_undesirable=False)
+        target = PolicyWeighted(halo=halo, policy_weight=names["Example"]())
     else:
         target = names["Example"]()
     witness = next(it for it in checks_of(target).clauses if it.name == clause).witness()

@@ -114,11 +114,19 @@ def machine() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-#: The objectives that take single rows; one takes all rows of a prompt, the others take pairs.
+#: The objectives that take single rows, all rows of a prompt, or scores; the others take pairs.
 ROWS = {name for name in OBJECTIVES if name.startswith("kto")} | {
-    *("apo_zero_unpaired", "bco", "csft", "humanline_kto", "ppo_clip", "sft", "unlikelihood"),
+    *("apo_zero_unpaired", "bco", "csft", "humanline_kto", "npo", "ppo_clip", "sft", "simnpo", "unlikelihood"),
 }
-KIND = dict.fromkeys(OBJECTIVES, "pairs") | dict.fromkeys(ROWS, "rows") | {"grpo": "groups"}
+GROUPS = ("cispo", "dppo_tv", "fipo", "gmpo", "grpo", "gspo", "humanline_grpo", "luspo", "real", "sapo", "vespo")
+SCORED = ("astar_po", "dro", "infonca", "plackett_luce", "qrpo")
+KIND = (
+    dict.fromkeys(OBJECTIVES, "pairs")
+    | dict.fromkeys(ROWS, "rows")
+    | dict.fromkeys(GROUPS, "groups")
+    | dict.fromkeys(SCORED, "scored")
+    | dict.fromkeys(("madpo", "rebel"), "scored_pairs")
+)
 
 
 def step(cell: str, model: Path, folder: Path) -> dict[str, Any]:
