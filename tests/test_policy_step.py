@@ -194,7 +194,8 @@ def test_the_split_does_not_change_the_step_of_any_objective_file(name, tiny_fol
     for parameter, value in results[None][0].items():
         assert torch.allclose(results[2][0][parameter], value, rtol=1e-4, atol=2e-5), parameter
     for figure, value in results[None][1].items():
-        assert results[2][1][figure] == pytest.approx(value, rel=1e-4, abs=1e-4, nan_ok=True), figure
+        # Where a loss hardly moves the policy, a correlation of its rewards is that of their rounding.
+        assert results[2][1][figure] == pytest.approx(value, rel=1e-4, abs=5e-4, nan_ok=True), figure
 
 
 @pytest.mark.filterwarnings("ignore")
