@@ -102,7 +102,7 @@ def test_a_name_of_the_library_and_of_a_file_is_refused(here: Path) -> None:
 def test_a_file_that_nobody_names_is_not_executed(here: Path) -> None:
     code = "class Mine(ValueFunction):\n    pass\nraise SystemExit('executed')\n"
     (here / "mine.py").write_text(code)
-    assert own_plugins(ValueFunction) == {"Mine": [Path("mine.py")]}
+    assert own_plugins(ValueFunction)["OwnSlope"] == [Path("mine.py")]
     import_own({"value_function": "Other", "note": "Mine or not"}, PARTS.values())
     assert "mine" not in sys.modules
 
@@ -144,9 +144,9 @@ def test_the_new_names_exist() -> None:
 
 
 def test_a_class_that_extends_an_abstract_part_is_found(here: Path) -> None:
-    code = "from value_functions.by_slope import BySlope\nclass Mine(BySlope):\n"
+    code = "from value_functions.by_slope import BySlope\nclass OwnSlope(BySlope):\n"
     code += "    def slope(self, u):\n        return u * 0 + 1\n"
-    (here / "mine.py").write_text(code)
-    assert own_plugins(ValueFunction) == {"Mine": [Path("mine.py")]}
-    import_own({"value_function": "Mine"}, PARTS.values())
-    assert "mine" in sys.modules
+    (here / "own_slope.py").write_text(code)
+    assert own_plugins(ValueFunction)["OwnSlope"] == [Path("own_slope.py")]
+    import_own({"value_function": "OwnSlope"}, PARTS.values())
+    assert "own_slope" in sys.modules

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from scipy import integrate
 from torch import Tensor, nn
 
 from halos_pl.proof.contexts import OUTCOMES, disagreement
@@ -41,6 +40,8 @@ def no_integral(slope: Slope, seams: Sequence[float]) -> str:
         slope: that of v.
         seams: outcomes at which it switches branches.
     """
+    from scipy import integrate  # which takes a third of a second to import
+
     v, exact = slope.value_function, {0.0: (0.0, 0.0)}
 
     def at(u: float) -> float:

@@ -95,7 +95,8 @@ def ld_dpo(step: Step) -> Tensor:
 def alpha_dpo(step: Step) -> Tensor:
     """Wu et al. 2025, eq. 12, beta = 2.5, gamma = .3, alpha = .05, normalised over the pairs of the step."""
     gap = step.margin(step.r / step.length).detach()
-    z = torch.zeros_like(gap) if bool((gap == 0).all()) else (gap - gap.mean()) / gap.std()
+    alike = len(gap) == 1 or bool((gap == 0).all())
+    z = torch.zeros_like(gap) if alike else (gap - gap.mean()) / gap.std()
     return -logsigmoid(2.5 * (step.margin(step.logp / step.length) - 0.3 - 0.05 * z)).mean()
 
 

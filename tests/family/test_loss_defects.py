@@ -128,6 +128,8 @@ def test_defect_6_weights_of_the_classes_count(name):
 @with_feedback("label_smoothing")
 def test_defect_6_label_smoothing_counts(name):
     """With smoothing the loss is mixed with that of the opposite preference; robust DPO takes it off again."""
+    if name in ("alpha_dpo", "gamma_po", "rebel"):
+        pytest.skip("a margin belongs to the pair as it is labelled, and a square is the same from both sides")
     halo, made = first_halo(name), rows(seed=6)
     feedback: Any = next(m for m in halo.feedback.modules() if hasattr(m, "label_smoothing"))
 
@@ -175,9 +177,11 @@ def all_weights() -> list[tuple[str, tuple]]:
 @pytest.mark.parametrize(("name", "place"), all_weights(), ids=lambda x: x if isinstance(x, str) else f"{x[0]}.{x[-1]}")
 def test_defect_7_an_explicit_zero_is_zero(name, place):
     """And not "nothing said, so 1": at 0 the loss is what it is next to 0."""
+    if place[-1] in LOSSES[name].idle:
+        pytest.skip("it does not change the loss")
     made = rows(seed=7)
     at_zero = with_weight(name, place, 0.0)(made).loss.item()
-    assert at_zero == pytest.approx(with_weight(name, place, 1e-9)(made).loss.item(), abs=1e-6)
+    assert at_zero == pytest.approx(with_weight(name, place, 1e-9)(made).loss.item(), rel=1e-8, abs=1e-6)
     assert abs(at_zero - with_weight(name, place, 0.4)(made).loss.item()) > 1e-4
 
 
@@ -189,7 +193,7 @@ def test_defect_8_a_step_in_parts_is_the_whole_step(name, tiny_folder, data, res
     assert_the_formulas(name, steps, rescorer)
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name in LOSSES and LOSSES[name].data != "pairs"])
+@pytest.mark.parametrize("name", [name for name in FILES if name in LOSSES and not LOSSES[name].data.endswith("pairs")])
 @pytest.mark.parametrize("desirable", [True, False])
 def test_defect_9_a_step_of_one_class_is_defined(name, desirable):
     """No 0 / 0: neither in the loss nor in its slope."""
@@ -218,7 +222,7 @@ def test_defect_13_in_half_precision_the_start_is_that_of_rewards_of_zero(name, 
 def moves(name: str) -> bool:
     """Whether the reference follows the policy."""
     weights = [{"w": torch.tensor(float(step))} for step in range(3)]
-    return bool(LOSSES[name].reference(weights)["w"] != 0)
+    return any(of_model["w"] != 0 for _, of_model in LOSSES[name].references(weights))
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n in LOSSES and (LOSSES[n].has_history or moves(n))])
