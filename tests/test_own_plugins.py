@@ -102,7 +102,7 @@ def test_a_name_of_the_library_and_of_a_file_is_refused(here: Path) -> None:
 def test_a_file_that_nobody_names_is_not_executed(here: Path) -> None:
     code = "class Mine(ValueFunction):\n    pass\nraise SystemExit('executed')\n"
     (here / "mine.py").write_text(code)
-    assert own_plugins(ValueFunction)["OwnSlope"] == [Path("mine.py")]
+    assert own_plugins(ValueFunction) == {"Mine": [Path("mine.py")]}
     import_own({"value_function": "Other", "note": "Mine or not"}, PARTS.values())
     assert "mine" not in sys.modules
 
