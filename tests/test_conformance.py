@@ -215,8 +215,14 @@ def test_in_v1_an_undesirable_row_is_valued_as_by_the_other_reading_in_icml(v):
 # -- plug-ins alone -----------------------------------------------------------------------------------------
 
 
+PLUG_INS = [cls for package in PACKAGES for cls in library(package).values()]
+#: Their checks take half a minute together.
+LONG = {"AllottedMargin", "GammaWeight"}
+
+
 @pytest.mark.parametrize(
-    "part", [cls for package in PACKAGES for cls in library(package).values()], ids=lambda cls: cls.__name__
+    "part",
+    [pytest.param(cls, id=cls.__name__, marks=[pytest.mark.slow] if cls.__name__ in LONG else []) for cls in PLUG_INS],
 )
 def test_a_shipped_part_fails_exactly_its_declared_clauses(part):
     instance = example(part)

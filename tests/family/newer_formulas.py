@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 from math import e, exp, expm1, gamma, log
 
 import torch
-from formulas import BETA, Shares, Step, Weights, advantage, every_second_step, loss, over_rows, sigma, some
+from formulas import BETA, LOSSES, Shares, Step, Weights, advantage, every_second_step, loss, over_rows, sigma, some
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+#: The losses of ``formulas``.
+OLDER = frozenset(LOSSES)
 
 
 def bad_rows(step: Step, of_rows: Tensor) -> Tensor:
