@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
@@ -63,6 +64,9 @@ def convert(
     print(f"halos: wrote {out}; next: halos fit --config {out}")
 
 
+_SEED = "PL_GLOBAL_SEED"
+
+
 def _check(text: str, file: str) -> None:
     """Refuses a config that ``halos fit`` would, before it is written.
 
@@ -72,6 +76,7 @@ def _check(text: str, file: str) -> None:
     from halos_pl.cli.run_settings import parsed
 
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # no run is seeded here
+    seed = os.environ.get(_SEED)  # which the parser sets to the config's, although nothing is trained
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "config.yaml")
         config.write_text(text, encoding="utf-8")
@@ -81,3 +86,6 @@ def _check(text: str, file: str) -> None:
         except (ValueError, RuntimeError, SystemExit) as error:
             why = getattr(error, "line", str(error)).replace(f"{config}: ", "")
             raise RunError(f"{file}: its conversion is not a valid config: {why}") from error
+        finally:
+            os.environ.pop(_SEED, None)
+            os.environ |= {} if seed is None else {_SEED: seed}

@@ -26,13 +26,17 @@ from family_runs import (
     run,
 )
 from formulas import LOSSES
+from newer_formulas import OLDER
 from run_halos import write_data
 
 from halos_pl.batch import LogProbBatch
 from halos_pl.objective.halo import HALO, Objective
 
 LR = "--model.optimizer.init_args.lr=1e-2"
-every_file = pytest.mark.parametrize("name", FILES)
+# On tensors each takes no time, but there are many: those of the newer losses are left to the slow suite, too.
+every_file = pytest.mark.parametrize(
+    "name", [name if name in OLDER else pytest.param(name, marks=pytest.mark.slow) for name in FILES]
+)
 # One of each kind of reference point, feedback and reference model. The other files differ from these in plug-ins
 # that know nothing of models, so their fits are left to the slow suite.
 KINDS = {"aot_unpaired", "bco", "dpo", "grpo", "humanline_kto", "kto"}
