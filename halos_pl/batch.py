@@ -150,6 +150,11 @@ class Labels:
         return ~self.mismatched
 
     @property
+    def same_prompt(self) -> Tensor:
+        """BoolTensor [n, n]: the second row answers the prompt of the first, and carries a loss."""
+        return (self.group[:, None] == self.group[None, :]) & self.train
+
+    @property
     def host(self) -> HostLabels:
         """The labels on the host. Labels that were created on a device wait for it."""
         return self._kept or HostLabels(self.desirable.tolist(), self.mismatched.tolist(), self.pair.tolist())

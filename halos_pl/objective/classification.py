@@ -42,7 +42,7 @@ class GroupClassification(Objective):
 
     def prepare(self, rows: LogProbBatch) -> TermContext:
         train, alike = rows.labels.train, _alike(rows)
-        of_prompt = _same_prompt(rows).sum(dim=1).clamp(min=1)
+        of_prompt = rows.labels.same_prompt.sum(dim=1).clamp(min=1)
         # Each row carries an equal part of the term of its class.
         share = torch.where(train & (alike.sum(dim=1) < of_prompt), 1 / alike.sum(dim=1).clamp(min=1), 0.0)
         prompts = (train / of_prompt).sum()
@@ -56,13 +56,7 @@ class GroupClassification(Objective):
         return Result((context.weight * with_one.logsumexp(dim=1)).sum() / divisor(context.denominator))
 
 
-def _same_prompt(rows: LogProbBatch) -> Tensor:
-    """BoolTensor [n, n]: the second row answers the prompt of the first, and carries a loss."""
-    group = rows.labels.group
-    return (group[:, None] == group[None, :]) & rows.labels.train
-
-
 def _alike(rows: LogProbBatch) -> Tensor:
     """BoolTensor [n, n]: of the same prompt and the same class, and the second row carries a loss."""
     desirable = rows.labels.desirable
-    return _same_prompt(rows) & (desirable[:, None] == desirable[None, :])
+    return rows.labels.same_prompt & (desirable[:, None] == desirable[None, :])

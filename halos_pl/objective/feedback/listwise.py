@@ -60,9 +60,8 @@ class SoftmaxOfScores(Feedback):
 
 def _same(rows: LogProbBatch) -> Tensor:
     """BoolTensor [n, n]: rows with a loss that answer the same prompt; each row for itself in any case."""
-    group = rows.labels.group
-    itself = torch.eye(len(rows), dtype=torch.bool, device=group.device)
-    return ((group[:, None] == group[None, :]) & rows.labels.train) | itself
+    same = rows.labels.same_prompt
+    return same | torch.eye(len(rows), dtype=torch.bool, device=same.device)
 
 
 def _share(rows: LogProbBatch) -> Tensor:

@@ -102,7 +102,6 @@ class QuantileCalibrated(ReferencePoint):
 
 def _of_prompt(rows: LogProbBatch) -> tuple[Tensor, Tensor]:
     """BoolTensor [n, n]: rows with a loss that answer the same prompt; float [n]: how many these are."""
-    group = rows.labels.group
-    same = (group[:, None] == group[None, :]) & rows.labels.train
-    same |= torch.eye(len(rows), dtype=torch.bool, device=group.device)
+    same = rows.labels.same_prompt
+    same |= torch.eye(len(rows), dtype=torch.bool, device=same.device)
     return same, same.sum(dim=1).to(rows.policy_logps.dtype)

@@ -45,7 +45,7 @@ class GroupLogSumExp(ReferencePoint):
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
         labels = rows.labels
-        rivals = (labels.group[:, None] == labels.group[None, :]) & labels.train
+        rivals = labels.same_prompt
         if self.over == "not_better":
             rivals &= labels.score[None, :] <= labels.score[:, None]
         rivals |= torch.eye(len(rows), dtype=torch.bool, device=rewards.device)
