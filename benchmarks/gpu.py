@@ -56,7 +56,8 @@ def check_sharing(device: str) -> dict[str, float]:
     Raises:
         SystemExit: at a difference beyond rounding.
     """
-    from halos_pl.batch import Labels, TokenBatch
+    from halos_pl.batch import TokenBatch
+    from halos_pl.labels import Labels
     from halos_pl.policy.scorer import Scorer
 
     draw = torch.Generator().manual_seed(0)

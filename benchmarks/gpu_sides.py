@@ -116,7 +116,8 @@ def rows_of(kind: str, shape: Shape, count: int) -> list[dict[str, Any]]:
 
 def batch_of(kind: str, rows: list[dict[str, Any]]) -> Any:
     """The rows as our batch, on the CPU."""
-    from halos_pl.batch import Labels, TokenBatch
+    from halos_pl.batch import TokenBatch
+    from halos_pl.labels import Labels
 
     n = len(rows)
     keys = ("chosen_ids", "rejected_ids") if kind == "dpo" else ("completion_ids", "KL_completion_ids")

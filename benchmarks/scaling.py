@@ -53,7 +53,8 @@ def measure(point: Point, threads: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
     from vs_trl import Peak, resident
 
-    from halos_pl.batch import Labels, TokenBatch
+    from halos_pl.batch import TokenBatch
+    from halos_pl.labels import Labels
     from halos_pl.objective.build import load_objective
     from halos_pl.policy.reference import FixedModel
     from halos_pl.policy.scorer import Scorer

@@ -71,7 +71,8 @@ def make_model(folder: str, hidden: int, layers: int) -> None:
 
 def batch_of(rows: int, rank: int = 0) -> Any:
     """The rows of a rank: KTO rows, and a mismatched one for each."""
-    from halos_pl.batch import Labels, TokenBatch
+    from halos_pl.batch import TokenBatch
+    from halos_pl.labels import Labels
 
     draw = torch.Generator().manual_seed(rank)
     prompts = [torch.randint(VOCABULARY, (PROMPT,), generator=draw) for _ in range(rows)]

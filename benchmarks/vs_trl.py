@@ -230,7 +230,8 @@ def theirs(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Ten
 
 def ours(workload: Workload, folder: str, objective: Any = None) -> tuple[Any, Callable[[], torch.Tensor], float]:
     """Our policy, a function that computes loss and gradient on the same tokens, and the useful FLOP of a step."""
-    from halos_pl.batch import Labels, TokenBatch
+    from halos_pl.batch import TokenBatch
+    from halos_pl.labels import Labels
     from halos_pl.objective.build import load_objective
     from halos_pl.policy.loading import load_model
     from halos_pl.policy.memory import keep_freed_memory

@@ -30,7 +30,7 @@ import halos_pl.objective.rewards
 import halos_pl.policy.moving_reference
 import halos_pl.policy.reference
 import value_functions
-from halos_pl.batch import Labels, Needs
+from halos_pl.batch import Needs
 from halos_pl.cli.convert import peers
 from halos_pl.cli.help_page import COMMANDS
 from halos_pl.cli.main import main
@@ -39,6 +39,7 @@ from halos_pl.conformance.explain import CLAUSES, code
 from halos_pl.convert.table import table
 from halos_pl.data.transforms import Transform
 from halos_pl.evaluation.metrics import METRICS
+from halos_pl.labels import Labels
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import HALO, Objective

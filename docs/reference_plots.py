@@ -10,7 +10,8 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from halos_pl.batch import Labels, LogProbBatch
+from halos_pl.batch import LogProbBatch
+from halos_pl.labels import Labels
 from halos_pl.objective.halo import HALO
 from halos_pl.objective.reference_points import ReferencePoint
 from halos_pl.objective.rewards import LogRatio, Reward

@@ -6,9 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halos_pl.batch import Labels, LogProbBatch, Needs, TokenBatch
+    from halos_pl.batch import LogProbBatch, Needs, TokenBatch
     from halos_pl.conformance import check_halo, parametrize_with_checks
     from halos_pl.data import FeedbackDataModule, Source
+    from halos_pl.labels import Labels
     from halos_pl.objective.build import build_objective, load_objective
     from halos_pl.objective.feedback import Feedback, Judgement
     from halos_pl.objective.halo import HALO, Objective, Result, Sum
@@ -27,9 +28,10 @@ __version__ = "0.1.0"
 
 # The module of each name. Imported on first use, so that objectives on plain tensors load no transformers or Lightning.
 _HOMES = {
-    "halos_pl.batch": ("Labels", "LogProbBatch", "Needs", "TokenBatch"),
+    "halos_pl.batch": ("LogProbBatch", "Needs", "TokenBatch"),
     "halos_pl.conformance": ("check_halo", "parametrize_with_checks"),
     "halos_pl.data": ("FeedbackDataModule", "Source"),
+    "halos_pl.labels": ("Labels",),
     "halos_pl.objective.build": ("build_objective", "load_objective"),
     "halos_pl.objective.feedback": ("Feedback", "Judgement"),
     "halos_pl.objective.halo": ("HALO", "Objective", "Result", "Sum"),

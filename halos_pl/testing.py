@@ -22,8 +22,9 @@ from lightning import Callback, Trainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from halos_pl.batch import Labels, LogProbBatch
+from halos_pl.batch import LogProbBatch
 from halos_pl.data import FeedbackDataModule
+from halos_pl.labels import Labels
 from halos_pl.objective.halo import Objective
 from halos_pl.policy.spec import ModelSpec
 from halos_pl.training.module import HALOModule

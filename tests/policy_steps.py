@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from halos_pl.batch import Labels, TokenBatch
+from halos_pl.batch import TokenBatch
+from halos_pl.labels import Labels
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.feedback import Binary, Pairwise
 from halos_pl.objective.reference_points import MismatchedKL, PairedCompletion, RunningMean

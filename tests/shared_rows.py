@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from model_families import MODELS, V
 from torch import Tensor
 
-from halos_pl.batch import Labels, TokenBatch
+from halos_pl.batch import TokenBatch
+from halos_pl.labels import Labels
 from halos_pl.policy import prefix_sharing
 from halos_pl.policy.prefix_sharing import shared_logps
 

@@ -19,7 +19,8 @@ from shared_rows import V, model
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from halos_pl.batch import Labels, TokenBatch
+from halos_pl.batch import TokenBatch
+from halos_pl.labels import Labels
 from halos_pl.objective.build import load_objective
 from halos_pl.policy import head, prefix_sharing, shared_attention
 from halos_pl.policy.scorer import Scorer

@@ -10,8 +10,9 @@ import pytest
 import torch
 from run_halos import binary_data, fit
 
-from halos_pl.batch import Labels, TokenBatch
+from halos_pl.batch import TokenBatch
 from halos_pl.cli.main import main
+from halos_pl.labels import Labels
 from halos_pl.training import amounts
 from halos_pl.training.amounts import Amounts
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from theory_scripts import script
 from torch import Tensor
 
-from halos_pl.batch import Labels, LogProbBatch
+from halos_pl.batch import LogProbBatch
 from halos_pl.candidates import CandidateKL, Candidates, Votes, draw, fit, losses
 from halos_pl.candidates.fitting import refuse
 from halos_pl.common.experiments import objectives
+from halos_pl.labels import Labels
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.halo import Objective
 from halos_pl.objective.reference_points import Estimate, ReferencePoint

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_halos import ROOT
 
-from halos_pl.batch import Labels, LogProbBatch
+from halos_pl.batch import LogProbBatch
 from halos_pl.conformance.ranks import Ranks
+from halos_pl.labels import Labels
 from halos_pl.objective.baselines import NLL
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.feedback import Binary, Pairwise

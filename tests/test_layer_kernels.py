@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import halos_pl.policy.liger
-from halos_pl.batch import Labels, TokenBatch
+from halos_pl.batch import TokenBatch
 from halos_pl.cli.main import main
+from halos_pl.labels import Labels
 from halos_pl.policy.architecture import blocks, layer_parts
 from halos_pl.policy.compilation import compile_layers, compiles_whole
 from halos_pl.policy.liger import apply_liger, check_liger

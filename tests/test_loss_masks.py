@@ -16,12 +16,13 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from halos_pl.batch import Labels, TokenBatch
+from halos_pl.batch import TokenBatch
 from halos_pl.cli.main import main
 from halos_pl.data.datamodule import FeedbackDataModule
 from halos_pl.data.example import DataError, Example
 from halos_pl.data.template import NAMED, template_of, use_template
 from halos_pl.data.tokenize import Encoder, Tokens
+from halos_pl.labels import Labels
 from halos_pl.policy.kl import compared_logps
 from halos_pl.policy.logprobs import completion_mask, padded_logps
 from halos_pl.policy.reference import FixedModel

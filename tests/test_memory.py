@@ -19,8 +19,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import halos_pl.policy.head
-from halos_pl.batch import Labels, TokenBatch
+from halos_pl.batch import TokenBatch
 from halos_pl.cli.main import main
+from halos_pl.labels import Labels
 from halos_pl.policy.architecture import base_model
 from halos_pl.policy.head import token_logps
 from halos_pl.policy.loading import ModelError, ModelSpec

@@ -26,7 +26,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from halos_pl.batch import Labels, LogProbBatch, TokenBatch
+from halos_pl.batch import LogProbBatch, TokenBatch
+from halos_pl.labels import Labels
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.halo import HALO
 from halos_pl.objective.reference_points import SampledKL, TokenKL

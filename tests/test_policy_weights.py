@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from halos_pl.batch import Labels, LogProbBatch, Needs
+from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.conformance.check import checks_of
+from halos_pl.labels import Labels
 from halos_pl.objective.feedback import (
     Binary,
     EveryRow,

@@ -27,10 +27,11 @@ from policy_steps import batch
 from run_halos import OBJECTIVES, ROOT, binary_data, fit, full_disk, metrics, pair_data
 
 import halos_pl
-from halos_pl.batch import Labels, TokenBatch
+from halos_pl.batch import TokenBatch
 from halos_pl.cache import REFERENCE, cache_root
 from halos_pl.cli.main import main
 from halos_pl.common.files import PART
+from halos_pl.labels import Labels
 from halos_pl.policy import reference as references
 from halos_pl.policy import segments
 from halos_pl.policy.loading import ModelError

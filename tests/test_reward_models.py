@@ -21,9 +21,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2
 from trl_parity import flat, settings, short_pairs
 
 from halos_pl import testing
-from halos_pl.batch import Labels, LogProbBatch, Needs, TokenBatch
+from halos_pl.batch import LogProbBatch, Needs, TokenBatch
 from halos_pl.cli.main import main
 from halos_pl.evaluation.held_out import by_example
+from halos_pl.labels import Labels
 from halos_pl.objective import reference_points
 from halos_pl.objective.baselines import NLL, Centring
 from halos_pl.objective.build import load_objective

@@ -20,8 +20,9 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from halos_pl.batch import Labels, LogProbBatch, Needs, TokenBatch
+from halos_pl.batch import LogProbBatch, Needs, TokenBatch
 from halos_pl.cli.main import main
+from halos_pl.labels import Labels
 from halos_pl.objective.baselines import RouterLoss
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.halo import Sum

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from run_halos import OBJECTIVES, one_of_each_kind
 from torch import Tensor
 
-from halos_pl.batch import Labels, LogProbBatch
+from halos_pl.batch import LogProbBatch
 from halos_pl.conformance.check import checks_of
+from halos_pl.labels import Labels
 from halos_pl.objective.baselines import NLL, Centring, KLPenalty, Unlikelihood
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.feedback import Binary, Feedback, GroupAdvantage, Judgement

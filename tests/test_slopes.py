@@ -12,10 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halos_pl.batch import Labels, LogProbBatch
+from halos_pl.batch import LogProbBatch
 from halos_pl.conformance import check_halo
 from halos_pl.conformance.ranks import Ranks
 from halos_pl.distributed import sum_over_ranks
+from halos_pl.labels import Labels
 from halos_pl.objective.baselines import NLL
 from halos_pl.objective.feedback import Binary, Feedback, Flipped, GroupAdvantage, Judgement, Pairwise, Slopes
 from halos_pl.objective.feedback.slopes import joined

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from theory_scripts import script
 from torch import Tensor
 
-from halos_pl.batch import Labels, LogProbBatch
+from halos_pl.batch import LogProbBatch
+from halos_pl.labels import Labels
 from halos_pl.objective.feedback import Binary
 from halos_pl.objective.halo import HALO
 from halos_pl.objective.reference_points import Estimate, MismatchedKL, PairedCompletion, ReferencePoint, Zero

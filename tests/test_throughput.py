@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import halos_pl.training.callbacks
 import halos_pl.training.throughput
-from halos_pl.batch import Labels, TokenBatch
+from halos_pl.batch import TokenBatch
 from halos_pl.cli.main import main
+from halos_pl.labels import Labels
 from halos_pl.policy.architecture import decoder_and_head
 from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
 from halos_pl.training.throughput import StepClock, cost, matmul_speed, slow_half, step_flops, step_tokens

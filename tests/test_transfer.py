@@ -13,8 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halos_pl.batch import Labels, TokenBatch
+from halos_pl.batch import TokenBatch
 from halos_pl.common.transfer import packed, unpacked
+from halos_pl.labels import Labels
 
 TYPES = [torch.int64, torch.float32, torch.bool, torch.int32]
 

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from halos_pl.batch import Labels, LogProbBatch
+from halos_pl.batch import LogProbBatch
 from halos_pl.data.mismatches import mismatches
+from halos_pl.labels import Labels
 from halos_pl.objective.reference_points import Estimate, MismatchedKL
 from halos_pl.objective.rewards import LogRatio
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from halos_pl.batch import Labels, TokenBatch
+from halos_pl.batch import TokenBatch
+from halos_pl.labels import Labels
 
 BETA = 0.3
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from halos_pl.batch import Labels, LogProbBatch, Needs
+from halos_pl.batch import LogProbBatch, Needs
+from halos_pl.labels import Labels
 
 PAIRS = 4
 PROMPT = 3

@@ -27,7 +27,8 @@ from rich.table import Table
 from scipy.optimize import brentq
 from torch import Tensor
 
-from halos_pl.batch import Labels, LogProbBatch
+from halos_pl.batch import LogProbBatch
+from halos_pl.labels import Labels
 from halos_pl.objective.feedback import Binary, Pairwise
 from halos_pl.objective.halo import HALO, Objective
 from halos_pl.objective.reference_points import MismatchedKL, PairedCompletion, ReferencePoint

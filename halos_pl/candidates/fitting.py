@@ -9,10 +9,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from halos_pl.batch import Labels, Needs
+from halos_pl.batch import Needs
 from halos_pl.candidates.policy import Candidates
 from halos_pl.candidates.reference_point import CandidateRows
 from halos_pl.candidates.votes import Votes
+from halos_pl.labels import Labels
 from halos_pl.objective.halo import Objective, Result
 
 #: Needs that no policy over candidates can meet, and what to do instead.

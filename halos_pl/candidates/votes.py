@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halos_pl.batch import Labels
+from halos_pl.labels import Labels
 
 
 @dataclass(frozen=True)

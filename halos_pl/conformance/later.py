@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halos_pl.batch import Labels, LogProbBatch, Needs, Routing
+from halos_pl.batch import LogProbBatch, Needs, Routing
 from halos_pl.conformance.backward import runs_code_backwards
 from halos_pl.conformance.clause import Case, Clause, Law
 from halos_pl.conformance.devices import DEVICE, on_another_device
@@ -20,6 +20,7 @@ from halos_pl.conformance.states import STATES, copies, pushed
 from halos_pl.conformance.steps import with_leaf, with_outputs
 from halos_pl.conformance.switches import multiplies_matrices
 from halos_pl.conformance.witness import pair
+from halos_pl.labels import Labels
 
 CALLS = 5000
 # Calls after which a part is compared again that has been worn, or whose parameters have moved.

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from halos_pl.batch import Labels, LogProbBatch, Needs, Routing
+from halos_pl.batch import LogProbBatch, Needs, Routing
+from halos_pl.labels import Labels
 
 Classes = Literal["mixed", "desirable", "undesirable"]
 Rewards = Literal["varied", "skewed", "equal", "start"]

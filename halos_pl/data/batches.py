@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from halos_pl.batch import Labels, TokenBatch
+from halos_pl.batch import TokenBatch
 from halos_pl.data.mismatches import mismatches
 from halos_pl.data.order import Step, copies, seeded
 from halos_pl.data.shares import shares
+from halos_pl.labels import Labels
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from halos_pl.batch import Labels, Needs, TokenBatch
+from halos_pl.batch import Needs, TokenBatch
+from halos_pl.labels import Labels
 
 
 @dataclass(frozen=True)

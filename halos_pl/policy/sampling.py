@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from halos_pl.batch import Labels, TokenBatch
+from halos_pl.batch import TokenBatch
 from halos_pl.common.progress import counted
 from halos_pl.data.example import DataError, Prompt
 from halos_pl.data.render import Tools
 from halos_pl.data.special import SpecialText, SpecialTokens
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.data.turns import stop_ids
+from halos_pl.labels import Labels
 from halos_pl.policy.architecture import eos_ids
 from halos_pl.policy.drawing import Decoding, draw, plan_batches
 from halos_pl.policy.kl import Scoring, completion_kl

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halos_pl.batch import Labels, TokenBatch
+from halos_pl.batch import TokenBatch
+from halos_pl.labels import Labels
 from halos_pl.policy import prefix_sharing
 from halos_pl.policy.architecture import (
     attention_function,

@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from halos_pl.batch import Labels, LogProbBatch, Routing, TokenBatch
+from halos_pl.batch import LogProbBatch, Routing, TokenBatch
 from halos_pl.distributed import world_size
+from halos_pl.labels import Labels
 from halos_pl.objective.halo import Context, Objective, Result
 from halos_pl.policy.kl import completion_kl
 from halos_pl.policy.logprobs import completion_mask

@@ -15,9 +15,10 @@ from chat_templates import TEMPLATES, shipped, stub
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from halos_pl.batch import Labels, TokenBatch
+from halos_pl.batch import TokenBatch
 from halos_pl.data.tokenize import Encoder, encode_completion, encode_prompt
 from halos_pl.data.turns import stop_ids, turn_end, turn_markers
+from halos_pl.labels import Labels
 from halos_pl.policy.architecture import add_eos_ids
 from halos_pl.policy.sampling import PolicySamples, generate
 

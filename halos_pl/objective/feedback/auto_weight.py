@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from halos_pl.batch import Labels
 from halos_pl.distributed import sum_over_ranks
+from halos_pl.labels import Labels
 from halos_pl.objective.feedback.slopes import Slopes
 
 #: Weight of the older steps in the running mean of a class's slopes: half of it is about the last step.

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from halos_pl.batch import Labels, LogProbBatch, Needs
+from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.common.transfer import moved
 from halos_pl.distributed import gather_over_ranks, world_size
+from halos_pl.labels import Labels
 from halos_pl.objective.reference_points.base import Estimate, ReferencePoint
 
 
