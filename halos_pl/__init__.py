@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from halos_pl.data import FeedbackDataModule, Source
     from halos_pl.labels import Labels
     from halos_pl.objective.build import build_objective, load_objective
+    from halos_pl.objective.composite import Sum
     from halos_pl.objective.feedback import Feedback, Judgement
-    from halos_pl.objective.halo import HALO, Objective, Result, Sum
+    from halos_pl.objective.halo import HALO, Objective, Result
     from halos_pl.objective.reference_points import Estimate, ReferencePoint
     from halos_pl.objective.rewards import Reward
     from halos_pl.policy.loading import load_model, load_tokenizer
@@ -34,7 +35,8 @@ _HOMES = {
     "halos_pl.labels": ("Labels",),
     "halos_pl.objective.build": ("build_objective", "load_objective"),
     "halos_pl.objective.feedback": ("Feedback", "Judgement"),
-    "halos_pl.objective.halo": ("HALO", "Objective", "Result", "Sum"),
+    "halos_pl.objective.composite": ("Sum",),
+    "halos_pl.objective.halo": ("HALO", "Objective", "Result"),
     "halos_pl.objective.reference_points": ("Estimate", "ReferencePoint"),
     "halos_pl.objective.rewards": ("Reward",),
     "halos_pl.policy.loading": ("load_model", "load_tokenizer"),

@@ -48,6 +48,7 @@ class Needs:
         routing: How the policy's experts share the tokens; the policy must be a mixture of experts.
         scalar: A scalar per row, from a linear head on the policy's hidden state after the row's last token.
         scores: Scores of all rows; rows without are refused.
+        gold: A gold answer beside each desirable completion; rows without are refused.
         logps: The policy's log-probs beside the scalar. Without ``scalar`` they are computed in any case.
     """
 
@@ -63,6 +64,7 @@ class Needs:
     routing: bool = False
     scalar: bool = False
     scores: bool = False
+    gold: bool = False
     logps: bool = False
 
     def __or__(self, other: Needs) -> Needs:
@@ -98,7 +100,7 @@ class TokenBatch:
         prompt: LongTensor [n], index of each row's prompt in ``prompts``.
         labels: Labels of the rows.
         row_ids: Name of each row for messages and files: ``FILE:LINE`` and, for a pair, ``#chosen`` or ``#rejected``;
-            a mismatched row has the names of both sides.
+            a mismatched row has the names of both sides, and a gold answer ends in ``#gold``.
         loss: For each row, a BoolTensor like the completion, True on the tokens that carry the loss, or None if all do.
             The others are read but not predicted: other speakers, and turns that were not judged. Default: all tokens
             of all rows.
@@ -287,3 +289,11 @@ class LogProbBatch:
             scalar=None if self.scalar is None else self.scalar[index],
             has_logps=self.has_logps,
         )
+
+    def without_gold(self) -> LogProbBatch:
+        """The rows that are no gold answers; this batch itself if none is."""
+        if not self.labels.has_gold:
+            return self
+        numbers = [i for i, gold in enumerate(self.labels.host.gold) if not gold]
+        (index,) = moved([torch.tensor(numbers, dtype=torch.long, device="cpu")], self.labels.gold.device)
+        return self.select(index, numbers)

@@ -18,11 +18,13 @@ class HostLabels(NamedTuple):
     Attributes:
         desirable, mismatched: [n], as in :class:`Labels`.
         pair: [n], as in :class:`Labels`.
+        gold: [n], as in :class:`Labels`.
     """
 
     desirable: list[bool]
     mismatched: list[bool]
     pair: list[int]
+    gold: list[bool]
 
     def select(self, numbers: Sequence[int]) -> HostLabels:
         """The rows ``numbers``, with pairs renumbered."""
@@ -31,6 +33,7 @@ class HostLabels(NamedTuple):
             [self.desirable[i] for i in numbers],
             [self.mismatched[i] for i in numbers],
             [place.get(self.pair[i], -1) for i in numbers],
+            [self.gold[i] for i in numbers],
         )
 
 
@@ -51,9 +54,11 @@ class Labels:
             rows. NaN, and the default, stand for 1 in desirable and 0 in undesirable rows.
         weight: float32 [n], factor of the row's loss, at least 0; the two rows of a pair have the same. Every term
             multiplies the row's share of its sum by it, and no denominator depends on it. Default: 1.
+        gold: BoolTensor [n], rows whose completion is a gold answer: nobody compared it with others, and only terms
+            that need it (``Needs.gold``) see it. It is not mismatched and has no pair. Default: False.
 
     Raises:
-        ValueError: for a column that is not of shape [n].
+        ValueError: for a column that is not of shape [n], and for a gold answer that is mismatched or has a pair.
     """
 
     desirable: Tensor
@@ -62,6 +67,7 @@ class Labels:
     group: Tensor = None  # type: ignore[assignment]
     score: Tensor = None  # type: ignore[assignment]
     weight: Tensor = None  # type: ignore[assignment]
+    gold: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         n, device = len(self.desirable), self.desirable.device
@@ -73,12 +79,24 @@ class Labels:
             self.group = torch.arange(n, device=device)
         if self.weight is None:
             self.weight = torch.ones(n, device=device)
+        given = self.gold is not None
+        if not given:
+            self.gold = torch.zeros(n, dtype=torch.bool, device=device)
+            self.__dict__["_without_gold"] = versions_of([self.gold])
         by_label = self.desirable.float()
         self.score = by_label if self.score is None else torch.where(self.score.isnan(), by_label, self.score)
         for column in fields(self):
             shape = tuple(getattr(self, column.name).shape)
             if shape != (n,):
                 raise ValueError(f"Labels.{column.name} has shape {shape}, not {(n,)}")
+        # Reading another device would wait for it, and a tensor without data has no values.
+        if given and type(self.gold) is Tensor and device.type == "cpu":
+            wrong = (self.gold & (self.mismatched | (self.pair >= 0))).nonzero()
+            if len(wrong):
+                raise ValueError(
+                    f"Labels.gold is True in row {int(wrong[0])}, which is mismatched or has a pair; a gold answer is a"
+                    " row of its own"
+                )
 
     def __len__(self) -> int:
         return len(self.desirable)
@@ -96,7 +114,8 @@ class Labels:
     @property
     def host(self) -> HostLabels:
         """The labels on the host. Labels that were created on a device wait for it."""
-        return self._kept or HostLabels(self.desirable.tolist(), self.mismatched.tolist(), self.pair.tolist())
+        columns = self.desirable, self.mismatched, self.pair, self.gold
+        return self._kept or HostLabels(*(column.tolist() for column in columns))
 
     @property
     def _kept(self) -> HostLabels | None:
@@ -122,6 +141,11 @@ class Labels:
         """Whether a row that carries a loss has no pair."""
         host = self.host
         return any(pair < 0 and not extra for pair, extra in zip(host.pair, host.mismatched, strict=True))
+
+    @property
+    def has_gold(self) -> bool:
+        """Whether a row is a gold answer. Labels that were created without any do not wait for their device."""
+        return self.__dict__.get("_without_gold") != versions_of([self.gold]) and any(self.host.gold)
 
     def _index(self, mismatched: bool) -> Tensor:
         if self._kept is None:

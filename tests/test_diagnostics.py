@@ -17,8 +17,9 @@ from halos_pl.conformance.ranks import Ranks
 from halos_pl.labels import Labels
 from halos_pl.objective.baselines import NLL
 from halos_pl.objective.build import load_objective
+from halos_pl.objective.composite import Sum
 from halos_pl.objective.feedback import Binary, Pairwise
-from halos_pl.objective.halo import HALO, Objective, Sum
+from halos_pl.objective.halo import HALO, Objective
 from halos_pl.objective.reference_points import MismatchedKL, PairedCompletion, Zero
 from halos_pl.objective.rewards import LogRatio, TokenLogRatio
 from halos_pl.testing import fit, pair_rows, random_rows

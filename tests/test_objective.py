@@ -17,8 +17,9 @@ from run_halos import ROOT
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.objective.baselines import NLL
 from halos_pl.objective.build import load_objective
+from halos_pl.objective.composite import Sum
 from halos_pl.objective.feedback import Binary, Pairwise
-from halos_pl.objective.halo import HALO, Sum
+from halos_pl.objective.halo import HALO
 from halos_pl.objective.reference_points import (
     BatchQuantile,
     LeaveOneOut,

@@ -12,6 +12,7 @@ from torch import Tensor
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.conformance.check import checks_of
 from halos_pl.labels import Labels
+from halos_pl.objective.composite import Sum
 from halos_pl.objective.feedback import (
     Binary,
     EveryRow,
@@ -19,7 +20,7 @@ from halos_pl.objective.feedback import (
     Pairwise,
     SoftmaxOfScores,
 )
-from halos_pl.objective.halo import HALO, Sum
+from halos_pl.objective.halo import HALO
 from halos_pl.objective.policy_weighted import PolicyWeighted
 from halos_pl.objective.policy_weights import FutureKL, GapTemperature, PairProbability, PolicyWeight
 from halos_pl.objective.reference_points import Calibrated, GroupLogSumExp, PairedCompletion, QuantileCalibrated, Zero

@@ -29,8 +29,9 @@ from halos_pl.objective import reference_points
 from halos_pl.objective.baselines import NLL, Centring
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.centring import needs_centring, senseless_clamp
+from halos_pl.objective.composite import Sum
 from halos_pl.objective.feedback import Binary, Pairwise
-from halos_pl.objective.halo import HALO, Objective, Sum
+from halos_pl.objective.halo import HALO, Objective
 from halos_pl.objective.reference_points import BatchMean, PairedCompletion, RankMatched, ScoreMargin, TokenKL, Zero
 from halos_pl.objective.rewards import ScalarHead
 from halos_pl.policy.reward_model import RewardModel

@@ -25,7 +25,7 @@ from halos_pl.cli.main import main
 from halos_pl.labels import Labels
 from halos_pl.objective.baselines import RouterLoss
 from halos_pl.objective.build import load_objective
-from halos_pl.objective.halo import Sum
+from halos_pl.objective.composite import Sum
 from halos_pl.policy.limits import warn_of_ignored_losses
 from halos_pl.policy.loading import ModelSpec, load_tokenizer
 from halos_pl.policy.logprobs import completion_mask

@@ -18,9 +18,10 @@ from halos_pl.conformance.ranks import Ranks
 from halos_pl.distributed import sum_over_ranks
 from halos_pl.labels import Labels
 from halos_pl.objective.baselines import NLL
+from halos_pl.objective.composite import Sum
 from halos_pl.objective.feedback import Binary, Feedback, Flipped, GroupAdvantage, Judgement, Pairwise, Slopes
 from halos_pl.objective.feedback.slopes import joined
-from halos_pl.objective.halo import HALO, Objective, Result, Sum
+from halos_pl.objective.halo import HALO, Objective, Result
 from halos_pl.objective.reference_points import MismatchedKL, PairedCompletion, RankMatched, Zero
 from halos_pl.objective.rewards import LogRatio, TokenLogRatio
 from halos_pl.testing import binary_rows, fit, random_rows

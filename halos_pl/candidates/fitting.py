@@ -24,6 +24,7 @@ UNMET = {
     "routing": "there are no experts",
     "scores": "votes have no scores",
     "scalar": "there is no scalar head",
+    "gold": "votes compare completions, and nobody compared a gold answer",
 }
 #: Most numbers in one tensor of all fits, which then stays in the processor's cache; more fits are done in turn.
 MOST = 1 << 20

@@ -25,8 +25,9 @@ from halos_pl.conformance.smallest import smallest
 from halos_pl.conformance.steps import Step, asked, gradient_of, with_leaf
 from halos_pl.conformance.value_curve import UNDESIRABLE, concave_on_gains, non_decreasing
 from halos_pl.conformance.witness import listed, pair
+from halos_pl.objective.composite import Sum
 from halos_pl.objective.feedback import Feedback
-from halos_pl.objective.halo import HALO, Objective, Sum
+from halos_pl.objective.halo import HALO, Objective
 from halos_pl.objective.policy_weighted import PolicyWeighted
 from halos_pl.objective.reference_points import ReferencePoint
 from halos_pl.objective.rewards import Reward
@@ -77,9 +78,13 @@ def sum_of_terms(objective: Sum, examples: int) -> str | None:
 
     def fault(step: Step) -> str | None:
         both = []
-        for parts, by in (([duplicate(objective)], step.cotangent), ([duplicate(term) for term in objective.terms], 1)):
+        for of_terms in (False, True):
             leaf, batch = with_leaf(asked(step.rows(), objective.needs), objective.needs)
-            loss = torch.stack([part(batch).loss for part in parts]).sum()
+            parts, seen, by = [objective], [batch], step.cotangent
+            if of_terms:
+                parts, seen, by = list(objective.terms), objective.seen_by_terms(batch), 1.0  # type: ignore[arg-type]
+            losses = [duplicate(part)(rows).loss for part, rows in zip(parts, seen, strict=True)]
+            loss = torch.stack(losses).sum()
             both.append((loss.detach().double(), gradient_of(loss, leaf, by)))
         (loss, slope), (right, right_slope) = both
         if not bool((loss - right).abs() <= RELATIVE * right.abs() + 1e-9):

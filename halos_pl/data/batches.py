@@ -245,7 +245,7 @@ def _as_arrays(value: Any) -> Any:
     if isinstance(value, list):
         return [_as_arrays(v) for v in value]
     if isinstance(value, Labels):
-        return {name: column.numpy() for name, column in vars(value).items()}
+        return {f.name: getattr(value, f.name).numpy() for f in fields(value)}
     return value.numpy() if isinstance(value, Tensor) else value
 
 

@@ -59,12 +59,14 @@ class TokenTerm(Objective):
 class NLL(TokenTerm):
     """Negative log-likelihood of completions.
 
-    Alone, this is supervised fine-tuning; added to a HALO, it is the regulariser of CPO, SLiC or ORPO.
+    Alone, this is supervised fine-tuning; added to a HALO, it is the regulariser of CPO, SLiC or ORPO, and on gold
+    answers that of TPO.
 
     Args:
         weight: Factor of the term.
         per: ``token`` for a mean over tokens, ``row`` for a mean over the log-likelihoods of whole completions.
-        rows: ``desirable`` rows only, or ``all`` (conditional fine-tuning on control tokens).
+        rows: ``desirable`` rows only, ``all`` (conditional fine-tuning on control tokens), or ``gold``: only the gold
+            answers, which the other two leave out.
 
     Raises:
         ValueError: for any other ``per`` or ``rows``.
@@ -75,18 +77,20 @@ class NLL(TokenTerm):
         *,
         weight: float = 1.0,
         per: Literal["token", "row"] = "token",
-        rows: Literal["desirable", "all"] = "desirable",
+        rows: Literal["desirable", "all", "gold"] = "desirable",
     ) -> None:
         super().__init__(weight=weight, per=per)
-        if rows not in ("desirable", "all"):
-            raise ValueError(f"NLL: rows is {rows!r}; choose desirable or all")
+        if rows not in ("desirable", "all", "gold"):
+            raise ValueError(f"NLL: rows is {rows!r}; choose desirable, all or gold")
         self.rows = rows
 
     @property
     def needs(self) -> Needs:
-        return Needs(undesirable=self.rows == "all")
+        return Needs(undesirable=self.rows == "all", gold=self.rows == "gold")
 
     def counts(self, rows: LogProbBatch) -> Tensor:
+        if self.rows == "gold":
+            return rows.labels.gold
         return rows.labels.desirable if self.rows == "desirable" else torch.ones_like(rows.labels.desirable)
 
     def of_tokens(self, rows: LogProbBatch) -> Tensor:

@@ -23,8 +23,9 @@ from halos_pl.common.refused_settings import check_nulls, check_numbers, naming_
 from halos_pl.common.renamed import new_value, renamed
 from halos_pl.common.type_words import near, shown
 from halos_pl.common.yaml_files import Lines, read_yaml
+from halos_pl.objective.composite import Sum
 from halos_pl.objective.feedback import Feedback
-from halos_pl.objective.halo import HALO, Objective, Sum
+from halos_pl.objective.halo import HALO, Objective
 from halos_pl.objective.policy_weights import PolicyWeight
 from halos_pl.objective.reference_points import ReferencePoint
 from halos_pl.objective.rewards import Reward

@@ -24,8 +24,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import or_
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +31,7 @@ from torch import Tensor, nn
 
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.distributed import sum_over_ranks
+from halos_pl.labels import Labels
 from halos_pl.objective.feedback import Feedback, Slopes
 from halos_pl.objective.feedback.slopes import joined
 from halos_pl.objective.reference_points import Estimate, ReferencePoint
@@ -76,14 +75,17 @@ class TermContext:
         )
 
 
-@dataclass(frozen=True)
-class SumContext:
-    """Contexts of the terms of a sum."""
+def refuse_gold(needs: Needs, labels: Labels) -> None:
+    """Refuses gold answers that an objective with these needs does not use.
 
-    parts: tuple[Context, ...]
-
-    def select(self, index: Tensor) -> SumContext:
-        return SumContext(tuple(part.select(index) for part in self.parts))
+    Raises:
+        ValueError: if a row is one.
+    """
+    if not needs.gold and labels.has_gold:
+        raise ValueError(
+            f"row {labels.host.gold.index(True)} is a gold answer (Labels.gold), which the objective does not use;"
+            " leave such rows out, or add a term that uses them, such as NLL(rows='gold')"
+        )
 
 
 def of_tokens(values: Tensor, width: int) -> Tensor:
@@ -190,7 +192,12 @@ class Objective(nn.Module, ABC):
                 )
 
     def forward(self, rows: LogProbBatch) -> Result:
-        """The loss of a whole step; ``rows`` include mismatched rows."""
+        """The loss of a whole step; ``rows`` include mismatched rows.
+
+        Raises:
+            ValueError: if a row is a gold answer and the objective does not use it.
+        """
+        refuse_gold(self.needs, rows.labels)
         context = self.prepare(rows.detach())
         train = rows.labels.train_index
         result = self.compute_loss(rows.select(train), context.select(train))
@@ -199,7 +206,7 @@ class Objective(nn.Module, ABC):
         return result
 
 
-def _with_logps(needs: Needs, *of_parts: Needs) -> Needs:
+def with_logps(needs: Needs, *of_parts: Needs) -> Needs:
     """The needs together with log-probs, if one part reads the scalar and another reads log-probs."""
     return replace(needs, logps=needs.logps or (needs.scalar and any(part.policy_logps for part in of_parts)))
 
@@ -207,6 +214,20 @@ def _with_logps(needs: Needs, *of_parts: Needs) -> Needs:
 def divisor(denominator: Tensor) -> Tensor:
     """The denominator, or 1 if it is 0: a step in which no row counts has a loss of 0, not 0 / 0."""
     return torch.where(denominator == 0, torch.ones_like(denominator), denominator)
+
+
+def refuse_gold_needs(*parts: Any) -> None:
+    """Refuses parts of a HALO that need gold answers, which are no outcomes: nobody judged them.
+
+    Raises:
+        ValueError: if a part does.
+    """
+    for part in parts:
+        if part.needs.gold:
+            raise ValueError(
+                f"{type(part).__name__} needs gold answers, which nobody judged, so a HALO has no outcome for them; use"
+                " them in one of the extra_terms"
+            )
 
 
 class HALO(Objective):
@@ -224,7 +245,7 @@ class HALO(Objective):
     Raises:
         TypeError: if ``reflect_undesirable`` is not a bool.
         ValueError: if a learned reward is compared with log-probs, which have another scale, or the feedback is to set
-            the ratio of the classes' slopes, but the reference point has a gradient.
+            the ratio of the classes' slopes, but the reference point has a gradient; or if a part needs gold answers.
     """
 
     def __init__(
@@ -253,6 +274,7 @@ class HALO(Objective):
                 " gives each row's slope to the row that it is compared with, too: weights do not change the ratio. Set"
                 " lambda_desirable to a number, or choose a reference point without gradient, such as MismatchedKL"
             )
+        refuse_gold_needs(reward, reference_point, feedback)
         self.reward = reward
         self.reference_point = reference_point
         self.value_function = value_function
@@ -263,7 +285,7 @@ class HALO(Objective):
     @property
     def needs(self) -> Needs:
         needs = self.reward.needs | self.reference_point.needs | self.feedback.needs
-        return _with_logps(needs, self.reward.needs)
+        return with_logps(needs, self.reward.needs)
 
     def estimate(self, reward: Tensor, rows: LogProbBatch) -> Estimate:
         """z0 for ``reward``, nats, float [n] or [n, T].
@@ -326,51 +348,4 @@ class HALO(Objective):
             ),
             estimate,
             slopes=slopes,
-        )
-
-
-class Sum(Objective):
-    """A composite: the sum of terms, each with its own weights and denominator.
-
-    Args:
-        terms: One or more terms. The outcomes of the first HALO among them are reported.
-
-    Raises:
-        ValueError: without terms, and if their reference points need different mismatched rows.
-    """
-
-    def __init__(self, terms: Sequence[Objective]) -> None:
-        super().__init__()
-        if not terms:
-            raise ValueError("Sum: no terms")
-        if any(term.needs.samples for term in terms) and any(term.needs.mismatched for term in terms):
-            raise ValueError(
-                "one term's reference point needs mismatched rows and another's needs samples of the policy, but a step"
-                " has only one of the two: give all terms the same kind of reference point"
-            )
-        self.terms = nn.ModuleList(terms)
-
-    def _objectives(self) -> list[Objective]:
-        return list(self.terms)  # type: ignore[arg-type]
-
-    @property
-    def needs(self) -> Needs:
-        each = [term.needs for term in self._objectives()]
-        return _with_logps(reduce(or_, each), *each)
-
-    def prepare(self, rows: LogProbBatch) -> SumContext:
-        return SumContext(tuple(term.prepare(rows) for term in self._objectives()))
-
-    def compute_loss(self, rows: LogProbBatch, context: SumContext) -> Result:
-        terms = self._objectives()
-        results = [term.compute_loss(rows, part) for term, part in zip(terms, context.parts, strict=True)]
-        of_halo = next((r for r in results if r.outcomes is not None), None)
-        return Result(
-            loss=torch.stack([r.loss for r in results]).sum(),
-            outcomes=of_halo.outcomes if of_halo else None,
-            estimate=of_halo.estimate if of_halo else None,
-            terms={
-                f"{i}_{type(t).__name__}": r.loss.detach() for i, (t, r) in enumerate(zip(terms, results, strict=True))
-            },
-            slopes=tuple(pair for r in results for pair in r.slopes),
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch, Needs
-from halos_pl.objective.halo import HALO, Objective, Result, TermContext
+from halos_pl.objective.halo import HALO, Objective, Result, TermContext, refuse_gold_needs
 from halos_pl.objective.policy_weights import PolicyWeight
 from halos_pl.objective.policy_weights.base import ActsOn
 
@@ -30,7 +30,8 @@ class PolicyWeighted(Objective):
     Raises:
         TypeError: ``halo`` is no HALO or ``policy_weight`` no policy weight.
         ValueError: the policy weight acts on something else, or the feedback is to set the ratio of the classes'
-            slopes; when called: w(theta) is no tensor, negative, not finite or of the wrong shape.
+            slopes; the policy weight needs gold answers; when called: w(theta) is no tensor, negative, not finite or of
+            the wrong shape.
     """
 
     def __init__(self, *, halo: HALO, policy_weight: PolicyWeight) -> None:
@@ -46,6 +47,7 @@ class PolicyWeighted(Objective):
                 "PolicyWeighted: rho cannot be set together with a policy weight, which changes the slopes as well; set"
                 " lambda_desirable to a number"
             )
+        refuse_gold_needs(policy_weight)
         self.of, self.policy_weight = halo, policy_weight
 
     @property

@@ -13,13 +13,13 @@ from torch import Tensor
 from halos_pl.batch import LogProbBatch, Routing, TokenBatch
 from halos_pl.distributed import world_size
 from halos_pl.labels import Labels
-from halos_pl.objective.halo import Context, Objective, Result
+from halos_pl.objective.halo import Context, Objective, Result, refuse_gold
 from halos_pl.policy.kl import completion_kl
 from halos_pl.policy.logprobs import completion_mask
 from halos_pl.policy.reference import check_divergence
 from halos_pl.policy.scorer import Scorer, scorer_of
 from halos_pl.policy.sharding import is_sharded, most_over_ranks
-from halos_pl.training.parts import Part, Rows, on_device, split
+from halos_pl.training.parts import Part, Rows, on_device, split, without_gold
 from halos_pl.training.replay import Draw, forked, replayed
 from halos_pl.training.scored_rows import Reference, as_leaves, differentiable, scored_rows, widened
 
@@ -143,12 +143,16 @@ class StepEngine:
             batch: This rank's share of the step; it may have no rows.
 
         Yields:
-            For a few rows at a time, or none, nats, float32 [m, T], and the number of tokens with loss.
+            For a few rows at a time, or none, nats, float32 [m, T], and the number of tokens with loss. Gold answers
+            are left out.
         """
         assert self.reference is not None
         step = _Step(self, batch, None, nullcontext)
         instead = step.stand_ins[0]
-        for index in step.equal_parts(step.kinds[0])[0]:
+        rows = step.kinds[0]
+        if batch.labels.has_gold:
+            rows, _ = without_gold(rows, batch)
+        for index in step.equal_parts(rows)[0]:
             chosen, m = index if len(index) else instead, len(index)
             part = step.batch.select(chosen.index, chosen.numbers)
             kl = completion_kl(self.policy, self.reference, part)
@@ -185,6 +189,7 @@ class _Step:
         defer_sync: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self.objective, self.policy, self.reference = engine.objective, engine.policy, engine.reference
+        refuse_gold(engine.objective.needs, batch.labels)
         self.micro_batch_rows, self.device = engine.micro_batch_rows, batch.prompt.device
         self.backward, self.defer_sync = backward, defer_sync
         self.scorer, self.gradient = scorer_of(engine.policy), backward is not None
@@ -291,6 +296,9 @@ class _Step:
             self.backward(loss * world_size())
 
     def _part(self, index: Rows, rows: LogProbBatch, result: Result) -> Part:
+        if rows.labels.has_gold:
+            index, places = without_gold(index, self.batch)
+            rows = rows.select(places.index, places.numbers)
         detached = replace(result, loss=result.loss.detach())
         return Part(index.index, index.numbers, self.of_step, rows.detach(), detached)
 

@@ -21,7 +21,7 @@ class Part:
         index: LongTensor [m], positions of its rows in ``batch``.
         numbers: The same positions on the host.
         batch: The step's batch, including the policy's samples.
-        rows: Log-probs of its rows, without gradient.
+        rows: Log-probs of its rows, without gradient; like ``index``, without gold answers, which have no outcome.
         result: Loss and outcomes, without gradient. The losses of the parts of all ranks sum to the step's loss.
     """
 
@@ -60,6 +60,14 @@ def on_device(groups: Sequence[list[int]], device: torch.device) -> list[Rows]:
     """Positions on the host and, after one copy, on the device."""
     columns = [torch.tensor(numbers, dtype=torch.long, device="cpu") for numbers in groups]
     return [Rows(numbers, index) for numbers, index in zip(groups, moved(columns, device), strict=True)]
+
+
+def without_gold(rows: Rows, batch: TokenBatch) -> tuple[Rows, Rows]:
+    """Those of some rows of a batch that are no gold answers, and their places among these rows."""
+    gold = batch.labels.host.gold
+    places = [k for k, i in enumerate(rows.numbers) if not gold[i]]
+    (kept,) = on_device([places], rows.index.device)
+    return Rows([rows.numbers[k] for k in places], rows.index[kept.index]), kept
 
 
 def split(rows: Rows, batch: TokenBatch, most: int | None) -> list[Rows]:

@@ -16,8 +16,9 @@ from value_mutants import MUTANTS as VALUES
 from value_mutants import REFLECTED, only_by_tokens
 
 from halos_pl.batch import LogProbBatch
+from halos_pl.objective.composite import Sum, SumContext
 from halos_pl.objective.feedback import Binary, Feedback, Pairwise
-from halos_pl.objective.halo import HALO, Result, Sum, SumContext, TermContext
+from halos_pl.objective.halo import HALO, Result, TermContext
 from halos_pl.objective.reference_points import Estimate, MismatchedKL, PairedCompletion, ReferencePoint
 from halos_pl.objective.rewards import LogRatio, Reward, TokenLogRatio
 from value_functions import Identity, Logistic, LogSigmoid, ValueFunction

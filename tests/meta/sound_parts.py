@@ -16,8 +16,9 @@ from torch.distributed import is_initialized
 
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.distributed import sum_over_ranks
+from halos_pl.objective.composite import Sum, SumContext
 from halos_pl.objective.feedback import Judgement
-from halos_pl.objective.halo import Result, Sum, SumContext
+from halos_pl.objective.halo import Result
 from halos_pl.objective.reference_points import Estimate, MismatchedKL, ReferencePoint
 from value_functions import ValueFunction
 
