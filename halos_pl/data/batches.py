@@ -42,6 +42,7 @@ class TokenizedRow:
         score: higher is better, in the source's unit; NaN if missing.
         loss: which tokens of the completion carry the loss, bool [t]; None for all.
         weight: factor of the row's loss, at least 0.
+        gold: its gold answer, which has the same prompt; None without one.
     """
 
     prompt: int
@@ -54,6 +55,7 @@ class TokenizedRow:
     score: float = math.nan
     loss: NDArray[np.bool_] | None = None
     weight: float = 1.0
+    gold: TokenizedRow | None = None
 
 
 class StepDataset(Dataset[TokenBatch]):
@@ -62,6 +64,8 @@ class StepDataset(Dataset[TokenBatch]):
     Mismatches are drawn over the step's rows of all ranks: y_j never answers a prompt equal to x_i, and each y of the
     step is used once if possible. If one prompt has more than half of the step's rows (as in a batch of one), the
     missing y_j come from the rest of the data set. A mismatched row is marked undesirable, but is not feedback.
+
+    The gold answers of an example's rows follow them in the batch. They take part in no mismatch.
 
     Args:
         prompts: the distinct prompts, uncut, as token ids.
@@ -73,7 +77,8 @@ class StepDataset(Dataset[TokenBatch]):
         seed: seed of the mismatches, together with epoch and step.
         rank, world_size: this rank and the number of ranks, which share a step by tokens (see
             :func:`halos_pl.data.shares.shares`).
-        lengths: tokens of each row's prompt and of its completion, two int [n]; default: read from ``rows``.
+        lengths: tokens of each row's prompt, of its completion and of its gold answer (0 without one), three int [n];
+            default: read from ``rows``.
         prefix: ids (BOS) that a prompt beginning with them keeps when its start is cut.
 
     Raises:
@@ -93,7 +98,7 @@ class StepDataset(Dataset[TokenBatch]):
         rank: int = 0,
         world_size: int = 1,
         prefix: Sequence[int] = (),
-        lengths: tuple[NDArray[Any], NDArray[Any]] | None = None,
+        lengths: tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None = None,
     ) -> None:
         self.prompts, self.rows, self.examples = prompts, rows, examples
         self.prefix = list(prefix)
@@ -101,8 +106,12 @@ class StepDataset(Dataset[TokenBatch]):
         self.rank, self.world_size = rank, world_size
         self._prompt_of = np.array([row.prompt for row in rows], int) if prompt_of is None else prompt_of
         if lengths is None and world_size > 1:
-            both = [(row.prompt_length + len(row.control), len(row.completion)) for row in rows]
-            lengths = (np.array([prompt for prompt, _ in both]), np.array([completion for _, completion in both]))
+            each = [
+                (row.prompt_length + len(row.control), len(row.completion), len(row.gold.completion) if row.gold else 0)
+                for row in rows
+            ]
+            prompt, completion, gold = np.array(each, int).reshape(-1, 3).T
+            lengths = prompt, completion, gold
         self._lengths = lengths
         # Rows sorted by prompt, to draw one with another prompt without a search.
         self._by_prompt = np.argsort(self._prompt_of, kind="stable")
@@ -130,18 +139,21 @@ class StepDataset(Dataset[TokenBatch]):
         for i in self._share(rows, partners, starts):
             places = range(starts[i], starts[i + 1])
             # The rows' indices in this batch; an example may come twice in a step.
-            here = {rows[place]: len(mine) + k for k, place in enumerate(places)}
+            here = {rows[place]: len(batch) + k for k, place in enumerate(places)}
             mine.extend(places)
-            for x in (self.rows[rows[place]] for place in places):
+            of_example = [self.rows[rows[place]] for place in places]
+            gold_answers = [x.gold for x in of_example if x.gold]
+            for k, x in enumerate([*of_example, *gold_answers]):
                 pair = here.get(x.pair, -1)
                 # Rows of a second copy are compared with each other, not with the first copy.
                 group = x.prompt + copy[i] * len(self.prompts)
-                batch.add(x, x.prompt_length, x, x.desirable, pair, False, x.row_id, x.score, group)
+                gold = k >= len(of_example)
+                batch.add(x, x.prompt_length, x, x.desirable, pair, False, x.row_id, x.score, group, gold)
         for i in mine if self.mismatched else ():
             x, y = self.rows[rows[i]], self.rows[partners[i]]
             length = min(x.prompt_length, self.max_length - len(x.control) - len(y.completion))
             name = f"{x.row_id} with {y.row_id}"
-            batch.add(x, length, y, False, -1, True, name, math.nan, x.prompt)
+            batch.add(x, length, y, False, -1, True, name, math.nan, x.prompt, False)
         return batch.build()
 
     def _share(self, rows: list[int], partners: list[int], starts: list[int]) -> Sequence[int]:
@@ -149,8 +161,8 @@ class StepDataset(Dataset[TokenBatch]):
         if self.world_size == 1:
             return range(len(starts) - 1)
         assert self._lengths is not None
-        prompt, completion = self._lengths
-        prompts, tokens = [prompt[rows]], completion[rows]
+        prompt, completion, gold = self._lengths
+        prompts, tokens = [prompt[rows]], completion[rows] + gold[rows]
         if partners:  # a prompt is cut to fit its completion
             prompts.append(np.minimum(prompts[0], self.max_length - completion[partners]))
             tokens = tokens + completion[partners]
@@ -191,7 +203,10 @@ class _Builder:
         self._source, self._prefix = prompts, prefix
         self._prompt_index: dict[tuple[int, int, tuple[int, ...]], int] = {}
         self.prompts: list[Tensor] = []
-        self.columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [], [], [])
+        self.columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [], [], [], [])
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
 
     def add(
         self,
@@ -204,6 +219,7 @@ class _Builder:
         name: str,
         score: float,
         group: int,
+        gold: bool,
     ) -> None:
         key = (x.prompt, length, x.control)
         if key not in self._prompt_index:
@@ -211,7 +227,7 @@ class _Builder:
             self.prompts.append(torch.tensor([*self._cut(x.prompt, length), *x.control], dtype=torch.long))
         ids = torch.tensor(np.asarray(y.completion), dtype=torch.long)
         loss = None if y.loss is None else torch.tensor(y.loss)
-        row = (ids, self._prompt_index[key], desirable, pair, mismatched, name, group, score, loss, x.weight)
+        row = (ids, self._prompt_index[key], desirable, pair, mismatched, name, group, score, loss, x.weight, gold)
         for column, value in zip(self.columns, row, strict=True):
             column.append(value)
 
@@ -223,7 +239,7 @@ class _Builder:
         return [*start, *ids[len(start) - length :].tolist()]
 
     def build(self) -> TokenBatch:
-        completions, prompt, desirable, pair, mismatched, row_ids, group, score, loss, weight = self.columns
+        completions, prompt, desirable, pair, mismatched, row_ids, group, score, loss, weight, gold = self.columns
         return TokenBatch(
             prompts=self.prompts,
             completions=completions,
@@ -235,6 +251,7 @@ class _Builder:
                 group=torch.tensor(group, dtype=torch.long),
                 score=torch.tensor(score, dtype=torch.float32),
                 weight=torch.tensor(weight, dtype=torch.float32),
+                gold=torch.tensor(gold, dtype=torch.bool),
             ),
             row_ids=row_ids,
             loss=loss if any(carried is not None for carried in loss) else None,

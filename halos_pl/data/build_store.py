@@ -72,20 +72,23 @@ class _Writer:
         for name, written in (("rows", np.array(rows, dtype=ROW)), ("prompts", np.array(new, dtype=PROMPT))):
             self.files[name].write(written.tobytes())
         for example_rows in rows:  # what the model sees, and the labels
-            prompt, _, length, label, score, pair, _, _, text, *weights = example_rows
+            prompt, _, length, label, score, pair, _, _, text, *weights, gold = example_rows
             self.digest.update(repr((prompt, length, label, score, pair - self.row, text, weights)).encode())
+            self.digest.update(repr(gold - self.row).encode() if gold >= 0 else b"")
         self.digest.update(b"".join(key for _, _, key in new))
 
     def _rows(self, example: Example, prompt: int, tokens: Tokens) -> Iterator[tuple[Any, ...]]:
         line, _, rest = example.row_id.removeprefix(self.source.place("")).partition("#")
         part = f"#{rest}" if rest else ""
         first = self.row
+        gold = first + len(tokens.completions) - 1 if example.gold else -1
         for k, (ids, carrying) in enumerate(zip(tokens.completions, tokens.spans, strict=True)):
             several = len(tokens.completions) > 1
-            which = ("#chosen", "#rejected")[k] if example.paired else f"#{k + 1}" if several else ""
+            is_gold = self.row == gold
+            which = ("#chosen", "#rejected", "#gold")[k] if example.paired else f"#{k + 1}" if several else ""
             suffix = self.suffixes.setdefault(part + which, len(self.suffixes))
             label, score = example.labels[k], example.scores[k]
-            votes = example.votes or (0.0, 0.0)
+            votes = (0.0, 0.0) if is_gold or example.votes is None else example.votes
             if not (label or example.paired):
                 votes = votes[::-1]
             raw = np.asarray(ids, dtype="<i4").tobytes()
@@ -98,12 +101,13 @@ class _Writer:
                 len(ids),
                 -1 if label is None else int(label),
                 np.nan if score is None else score,
-                first + 1 - k if example.paired else -1,
+                first + 1 - k if example.paired and not is_gold else -1,
                 int(line),
                 suffix,
                 int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little"),
                 example.weight,
                 *votes,
+                gold if label else -1,
             )
             self.place += len(ids)
             self.row += 1

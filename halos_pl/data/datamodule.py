@@ -46,7 +46,7 @@ class FeedbackDataModule(LightningDataModule):
     """Human feedback as one ``TokenBatch`` per optimizer step.
 
     Every source is read, checked and tokenised once, before a model is loaded, into a cache that later runs find by
-    its content. Batches are read from the cache, so memory grows by only about 60 bytes per row. :meth:`connect` sets
+    its content. Batches are read from the cache, so memory grows by only about 70 bytes per row. :meth:`connect` sets
     the tokenizer and the objective's needs; pairs become independent rows unless the objective needs pairs.
 
     Args:

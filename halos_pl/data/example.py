@@ -45,7 +45,8 @@ class Example:
         labels: for each completion True (desirable), False (undesirable) or None (only a score); (True, False) for a
             pair.
         scores: for each completion, higher is better, in the source's unit; None if missing.
-        paired: whether these are two completions of which the first is preferred.
+        paired: whether the first of two completions is preferred.
+        gold: whether a third completion, beside those of a pair, is the gold answer; its label is True.
         row_id: ``SOURCE:LINE``, lines or rows counted from 1.
         text_prompt: whether the source has the prompt as plain text, even if it became a message.
         tools: JSON schemas of the tools that the model may call, for the chat template; None if there are none.
@@ -62,6 +63,7 @@ class Example:
     row_id: str
     scores: tuple[float | None, ...] = ()
     paired: bool = False
+    gold: bool = False
     text_prompt: bool = field(default=False, compare=False)
     tools: list[dict[str, Any]] | None = None
     finished: tuple[bool, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from halos_pl.data.example import Example, Prompt, Skipped
 from halos_pl.data.messages import answered, is_blank
@@ -36,13 +37,29 @@ def pair(
     place: str,
     scores: tuple[float | None, ...] = (),
     finished: tuple[bool, ...] = (),
+    gold: Prompt | None = None,
 ) -> Items:
-    """An example of a pair; skipped if its completions are equal or the assistant does not speak last."""
+    """An example of a pair, with a gold answer if there is one.
+
+    Skipped if the completions of the pair are equal or the assistant does not speak last.
+    """
     if chosen == rejected:
         return [Skipped(place, SAME)]
     if not (answered(chosen) and answered(rejected)):
         return [Skipped(place, UNANSWERED)]
-    return [Example(prompt, (chosen, rejected), (True, False), place, scores, paired=True, finished=finished)]
+    example = Example(prompt, (chosen, rejected), (True, False), place, scores, paired=True, finished=finished)
+    if gold is None:
+        return [example]
+    return [
+        replace(
+            example,
+            completions=(chosen, rejected, gold),
+            labels=(True, False, True),
+            scores=(*example.scores, None),
+            finished=(*example.finished, True),
+            gold=True,
+        )
+    ]
 
 
 def group(

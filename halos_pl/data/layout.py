@@ -9,7 +9,8 @@ import numpy as np
 
 # One row of feedback. ``label``: 1 desirable, 0 undesirable, -1 if there is only a score (NaN: none). ``pair``: the row
 # of the pair's other completion, -1 without one. ``text``: a hash of the completion's tokens. ``agree``, ``disagree``:
-# how many people judge it as ``label`` says, and how many the opposite; both 0 without a record.
+# how many people judge it as ``label`` says, and how many the opposite; both 0 without a record. ``gold``: the row of
+# its gold answer, -1 without one; a gold answer is no feedback, and its ``gold`` is its own row.
 ROW = np.dtype(
     [
         ("prompt", "<i4"),
@@ -24,6 +25,7 @@ ROW = np.dtype(
         ("weight", "<f8"),
         ("agree", "<f8"),
         ("disagree", "<f8"),
+        ("gold", "<i8"),
     ]
 )
 SPAN = np.dtype([("row", "<i8"), ("start", "<i4"), ("stop", "<i4")])

@@ -15,6 +15,7 @@ from halos_pl.data.example import Skipped, short
 from halos_pl.data.items import EMPTY, NO_SCORE, PARTED, SAME, TIE, Items, group, one, pair
 from halos_pl.data.messages import (
     Messages,
+    answered,
     both_of,
     completion_of,
     is_blank,
@@ -62,6 +63,24 @@ def paired(row: dict[str, Any], place: str) -> Items:
     """A prompt with a chosen and a rejected completion."""
     prompt, chosen, rejected = both_of(prompt_of(row), row, "chosen", "rejected")
     return pair(prompt, chosen, rejected, place, _scores(row), _both_finished(row))
+
+
+#: Columns with a gold answer, which is neither chosen nor rejected.
+GOLD = ("reference", "gold")
+
+
+def triple(row: dict[str, Any], place: str) -> Items:
+    """A prompt with a chosen and a rejected completion and a gold answer, as for TRL's TPO."""
+    column, *others = (name for name in GOLD if name in row)
+    if others and row[others[0]] is not None:
+        raise BadRow(f"and '{others[0]}' are both gold answers of the row; keep one of them", column)
+    prompt, chosen, rejected = both_of(prompt_of(row), row, "chosen", "rejected")
+    own, gold = completion_of(prompt_of(row), row[column], column)
+    if own != prompt:
+        raise BadRow("repeats a different prompt than 'chosen'; both must answer the same messages", column)
+    if not answered(gold):
+        raise BadRow("must end with a message of the assistant, which is the gold answer", column)
+    return pair(prompt, chosen, rejected, place, _scores(row), _both_finished(row), gold)
 
 
 # Column names under which published pairs score their completions.

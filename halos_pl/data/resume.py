@@ -50,13 +50,18 @@ def refuse_other_data(saved: Mapping[str, Any], now: Mapping[str, Any], was: Set
     Raises:
         ValueError: names what differs.
     """
-    differing = [key for key in now if key in saved and saved[key] != now[key]]
+    differing = [key for key in now if key in saved and _compared(key, saved[key]) != _compared(key, now[key])]
     if differing:
         named = "; ".join(_difference(key, saved[key], now[key], was, settings) for key in differing)
         raise ValueError(
             f"the checkpoint is from a run with other data or batches: {named}. Restore these settings to resume, or"
             " start a new run."
         )
+
+
+def _compared(key: str, value: Any) -> Any:
+    """What must be equal: of the objective's needs those that exist, since an older version does not know all names."""
+    return {k: v for k, v in json.loads(value).items() if v} if key == "objective's needs" else value
 
 
 def _difference(key: str, saved: Any, now: Any, was: Settings, settings: Settings) -> str:

@@ -59,6 +59,7 @@ SCHEMAS: dict[str, Schema] = {
     for schema in (
         Schema("unpaired", ("prompt", "completion", "label"), parsers.unpaired, f"score|kto_tag|finished|{VOTES}"),
         Schema("paired", ("prompt", "chosen", "rejected"), parsers.paired, _PAIR),
+        Schema("triple", ("prompt", "chosen", "rejected", "|".join(parsers.GOLD)), parsers.triple, _PAIR),
         Schema("implicit", ("chosen", "rejected"), parsers.implicit, _PAIR, _PROMPTS),
         Schema("halos_binary", ("prompt", "output", "label"), parsers.halos_binary, f"reward|{VOTES}"),
         Schema("halos_pairwise", ("prompt", "output_A", "output_B", "label"), parsers.halos_pairwise, "reward_[AB]"),

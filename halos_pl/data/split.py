@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos_pl.batch import Needs
 from halos_pl.data.batches import StepDataset, TokenizedRow
+from halos_pl.data.counts import FileCounts
 from halos_pl.data.example import DataError
 from halos_pl.data.table import Table
 from halos_pl.data.transforms import groups
@@ -42,60 +43,6 @@ class ControlTokens:
         return {k: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for k, text in texts.items()}
 
 
-@dataclass
-class FileCounts:
-    """What became of one source's rows.
-
-    Attributes:
-        examples: valid rows of the source; each may hold several completions.
-        faulty: faulty rows, left out (``on_bad_rows: skip``).
-        faults: the first ten of them.
-        skipped: valid rows that no loss can use, such as ties, by reason.
-        pairs: pairs in use.
-        rows: rows in use; a pair has two.
-        desirable, undesirable: the same rows by label.
-        prompts_cut: rows whose prompt is cut at its start.
-        completions_cut: rows whose completion is cut at its end, and so has no EOS.
-        dropped_too_long: rows whose completion does not fit (``truncate_completions: false``).
-        dropped_without_loss: rows whose tokens that carry the loss all lie beyond ``max_length``.
-        dropped_undesirable: undesirable rows, if the objective uses only desirable ones.
-        negative_margins: pairs whose chosen completion has the lower score, if the objective compares the scores.
-        alone: rows that are the only one of their prompt, if the objective compares the rows of a prompt.
-    """
-
-    examples: int = 0
-    faulty: int = 0
-    faults: list[str] = field(default_factory=list)
-    skipped: dict[str, int] = field(default_factory=dict)
-    pairs: int = 0
-    rows: int = 0
-    desirable: int = 0
-    undesirable: int = 0
-    prompts_cut: int = 0
-    completions_cut: int = 0
-    dropped_too_long: int = 0
-    dropped_without_loss: int = 0
-    dropped_undesirable: int = 0
-    negative_margins: int = 0
-    alone: int = 0
-
-    def __str__(self) -> str:
-        text = f"{self.examples} examples, {self.rows} rows ({self.desirable} desirable, "
-        text += f"{self.undesirable} undesirable), {self.pairs} pairs"
-        notes = (
-            (self.faulty, "faulty rows skipped"),
-            *((number, f"rows skipped: {reason}") for reason, number in self.skipped.items()),
-            (self.prompts_cut, "prompts cut at the start"),
-            (self.completions_cut, "completions cut at the end (so without EOS)"),
-            (self.dropped_too_long, "rows dropped: completion too long"),
-            (self.dropped_without_loss, "rows dropped: the turn that carries the loss lies beyond max_length"),
-            (self.dropped_undesirable, "rows dropped: undesirable, which the objective does not use"),
-            (self.negative_margins, "pairs with a negative margin: the chosen completion may lose by that much"),
-            (self.alone, "rows alone with their prompt: the objective has nothing to compare them with"),
-        )
-        return "; ".join([text, *(f"{number} {what}" for number, what in notes if number)])
-
-
 class Split:
     """The rows of a split, cut to ``max_length``, as ``StepDataset`` takes them.
 
@@ -104,6 +51,7 @@ class Split:
         counts: counts by source.
         examples: the indices of the rows of each example.
         prompt_length, completion_length: tokens of each row that are kept, int64 [n].
+        gold_length: the same of its gold answer, which follows the same prompt; 0 without one.
         score: score of each row, less the mean of its prompt; float64 [n], NaN if missing.
         longest: upper bound of a batch row's tokens: prompt, control tokens and completion.
 
@@ -114,8 +62,8 @@ class Split:
         control: control tokens for desirable (True) and undesirable rows.
 
     Raises:
-        DataError: control tokens fill ``max_length``; the objective needs pairs or scores and a row has none; a score
-            or weight does not fit float32; or all weights of a source's rows in use are 0.
+        DataError: control tokens fill ``max_length``; the objective needs pairs, scores or gold answers and a row has
+            none; a score or weight does not fit float32; or all weights of a source's rows in use are 0.
     """
 
     def __init__(
@@ -152,25 +100,30 @@ class Split:
                 " data with "
                 + ("chosen_score and rejected_score, or with a margin" if needs.pairs else "a score of each completion")
             )
+        table = self._with_gold(table, needs)
         if not (needs.pairs or needs.undesirable):
             self._count(table, table.label == 0, "dropped_undesirable")
             table = table.select(table.label != 0)
         length = table.of_rows("length").astype(np.int64)
-        too_long = (length > room) & (not truncate_completions)
+        gold, gold_length = table.gold_answers, _length_of_gold(table)
+        too_long = (np.maximum(length, gold_length) > room) & (not truncate_completions)
         if needs.pairs:  # a pair is dropped as a whole
             too_long |= too_long[table.pair]
         self._count(table, too_long, "dropped_too_long")
-        table, length = table.select(~too_long), length[~too_long]
         lost = table.first_loss >= np.minimum(length, room)
+        lost |= (table.gold >= 0) & (gold.first_loss >= np.minimum(gold_length, room))
         if needs.pairs:
             lost |= lost[table.pair]
+        lost &= ~too_long
         self._count(table, lost, "dropped_without_loss")
-        table, length = table.select(~lost), length[~lost]
+        kept = ~(too_long | lost)
+        table, length, gold_length = table.select(kept), length[kept], gold_length[kept]
+        self.gold, self.gold_length = table.gold_answers, np.minimum(gold_length, room)
         self.completion_length = np.minimum(length, room)
-        # Both completions of a pair get the same prompt, so the longer one decides how much of it is kept.
+        # All completions of a pair get the same prompt, so the longest one decides how much of it is kept.
         paired = table.pair >= 0
-        longest = self.completion_length.copy()
-        longest[paired] = np.maximum(longest[paired], self.completion_length[table.pair[paired]])
+        longest = np.maximum(self.completion_length, self.gold_length)
+        longest[paired] = np.maximum(longest[paired], longest[table.pair[paired]])
         self.prompt_length = np.minimum(table.prompt_length, room + 1 - longest)
         whole = needs.groups or keep_together == "prompts"
         together: Together | None = "prompts" if whole else "pairs" if needs.pairs else keep_together
@@ -183,17 +136,41 @@ class Split:
         self._count(table, table.label >= 0, "rows")
         self._count(table, self.prompt_length < table.prompt_length, "prompts_cut")
         self._count(table, length > room, "completions_cut")
+        self._count(table, gold_length > room, "completions_cut")
+        self._count(table, gold_length > 0, "gold")
         self.pairs = needs.pairs or keep_together == "pairs"  # whole prompts include their pairs
         if self.pairs:
             self._count(table, table.pair > np.arange(len(table)), "pairs")
-        self.longest = int((self.prompt_length + self.completion_length).max(initial=0))
+        longer = np.maximum(self.completion_length, self.gold_length)
+        self.longest = int((self.prompt_length + longer).max(initial=0))
         if needs.mismatched:  # one row's prompt with another row's completion
-            self.longest = int(self.prompt_length.max(initial=0) + self.completion_length.max(initial=0))
+            self.longest = int(self.prompt_length.max(initial=0) + longer.max(initial=0))
         self.longest = min(max_length, self.longest + longest_control)
         _check_some_weight(table)
         self.table = table
         self.score = self._scores()
         self.examples = self._examples(together)
+
+    def _with_gold(self, table: Table, needs: Needs) -> Table:
+        """The table with the gold answer of a pair at its desirable row; without gold answers if none are needed.
+
+        Raises:
+            DataError: the objective needs gold answers, and a desirable row has none.
+        """
+        if not needs.gold:
+            self._count(table, table.gold >= 0, "dropped_gold")
+            return replace(table, gold=np.full(len(table), -1))
+        # A transform may have exchanged the labels of the pair.
+        paired, gold = table.pair >= 0, table.gold.copy()
+        of_pair = np.maximum(gold, table.gold[table.pair])[paired]
+        gold[paired] = np.where(table.label[paired] == 1, of_pair, -1)
+        lacking = ((table.label == 1) & (gold < 0)).nonzero()[0]
+        if len(lacking):
+            raise DataError(
+                f"{table.name(int(lacking[0]))}: the objective uses gold answers, but this row has none; use data with"
+                " the columns prompt, chosen, rejected and reference (the gold answer)"
+            )
+        return replace(table, gold=gold)
 
     def check_groups(self) -> None:
         """Refuses rows of which the objective has none to compare.
@@ -276,14 +253,21 @@ class Split:
             rank=rank,
             world_size=world_size,
             prefix=prefix,
-            lengths=(self.prompt_length, self.completion_length),
+            lengths=(self.prompt_length, self.completion_length, self.gold_length),
         )
 
+    @property
+    def row_tokens(self) -> NDArray[np.int64]:
+        """Tokens of each row, prompt and completion together, and of its gold answer; int64 [n]."""
+        of_gold = np.where(self.gold_length > 0, self.prompt_length + self.gold_length, 0)
+        return self.prompt_length + self.completion_length + of_gold
+
     def tokens(self) -> Iterator[tuple[str, NDArray[np.int32]]]:
-        """Name and token ids (prompt, control tokens, completion) of each row."""
+        """Name and token ids (prompt, control tokens, completion) of each row and each gold answer."""
         for row in self.rows:
             prompt = self.prompts[row.prompt][-row.prompt_length :]
-            yield row.row_id, np.concatenate([prompt, np.array(row.control, np.int32), row.completion])
+            for each in (row, *([row.gold] if row.gold else [])):
+                yield each.row_id, np.concatenate([prompt, np.array(each.control, np.int32), each.completion])
 
     def of_examples(self, values: NDArray[Any]) -> NDArray[Any]:
         """Sums ``values`` [n] over the rows of each example."""
@@ -297,12 +281,18 @@ class Split:
         digest = hashlib.sha256(json.dumps([store.digest for store in self.table.stores]).encode())
         table = self.table
         columns = [table.source, table.row, table.label, table.score, table.weight, table.pair]
+        columns += [table.gold, self.gold_length] if bool(self.gold_length.any()) else []
         for column in (*columns, self.prompt_length, self.completion_length):
             digest.update(np.ascontiguousarray(column).tobytes())
         digest.update(repr(self.control).encode())
         if not isinstance(self.examples, _Singles):
             digest.update(repr([tuple(example) for example in self.examples]).encode())
         return digest.hexdigest()
+
+
+def _length_of_gold(table: Table) -> NDArray[np.int64]:
+    """Tokens of each row's gold answer, uncut, 0 without one; int64 [n]."""
+    return np.where(table.gold >= 0, table.gold_answers.of_rows("length"), 0).astype(np.int64)
 
 
 def _check_some_weight(table: Table) -> None:
@@ -368,16 +358,28 @@ class _Rows(Sequence[TokenizedRow]):
     def __getitem__(self, place: Any) -> Any:
         split, table = self.split, self.split.table
         desirable = bool(table.label[place] == 1)
-        loss, length = table.loss(place), int(split.completion_length[place])
-        return TokenizedRow(
+        row = TokenizedRow(
             prompt=int(table.prompt[place]),
             prompt_length=int(split.prompt_length[place]),
-            completion=table.completion_ids(place)[:length],
-            loss=None if loss is None else loss[:length],
+            **_completion(table, place, int(split.completion_length[place])),
             desirable=desirable,
-            row_id=table.name(place),
             pair=int(table.pair[place]) if split.pairs else -1,
             control=split.control[desirable],
             score=float(split.score[place]),
             weight=float(table.weight[place]),
         )
+        if not split.gold_length[place]:
+            return row
+        of_gold = _completion(split.gold, place, int(split.gold_length[place]))
+        gold = replace(row, **of_gold, desirable=True, pair=-1, control=split.control[True], score=np.nan)
+        return replace(row, gold=gold)
+
+
+def _completion(table: Table, place: int, length: int) -> dict[str, Any]:
+    """Name, kept tokens and loss of a completion, as arguments of ``TokenizedRow``."""
+    loss = table.loss(place)
+    return {
+        "row_id": table.name(place),
+        "completion": table.completion_ids(place)[:length],
+        "loss": None if loss is None else loss[:length],
+    }

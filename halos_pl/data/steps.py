@@ -47,7 +47,6 @@ def training_sampler(
                 raise ValueError(
                     f"{one} and {other} come together, but their sources have different weights; give both the same"
                 )
-    lengths: Any = split.prompt_length + split.completion_length
     order = Order(
         len(split.examples),
         seed=seed,
@@ -55,7 +54,7 @@ def training_sampler(
         source=table.source[first],
         weights=weights,
         classes=split.of_examples((table.label == 1).astype(int)) if batching.balance_classes else None,
-        lengths=split.of_examples(lengths) if batching.group_by_length else None,
+        lengths=split.of_examples(split.row_tokens) if batching.group_by_length else None,
         batch_size=batching.batch_size,
     )
     return StepSampler(order, batch_size=batching.batch_size, world_size=world_size, drop_last=batching.drop_last)

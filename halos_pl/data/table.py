@@ -28,6 +28,7 @@ class Table:
         agree, disagree: float64 [n], how many people judge the row, or its pair, as its label says, and how many the
             opposite; both 0 if there is no record of them.
         pair: int64 [n], index of the pair's other row, -1 for a single row.
+        gold: int64 [n], row of its gold answer in the same store, -1 for none. Gold answers are no rows of the table.
         added: bool [n], rows that a transform made from others.
     """
 
@@ -42,11 +43,12 @@ class Table:
     agree: NDArray[np.float64]
     disagree: NDArray[np.float64]
     pair: NDArray[np.int64]
+    gold: NDArray[np.int64]
     added: NDArray[np.bool_]
 
     @classmethod
     def of(cls, stores: Sequence[Store]) -> Table:
-        """All rows of ``stores``, in order."""
+        """All rows of ``stores`` but the gold answers, in order."""
         keys = np.concatenate([np.empty(0, "S16"), *(store.prompts["key"] for store in stores)])
         owners = np.concatenate(
             [np.empty((0, 2), np.int64), *(_places(i, len(store.prompts)) for i, store in enumerate(stores))]
@@ -60,15 +62,16 @@ class Table:
         columns: dict[str, list[NDArray[Any]]] = {name: [] for name in COLUMNS}
         prompts = rows = 0
         for i, store in enumerate(stores):
-            n = len(store.rows)
+            judged = (store.rows["gold"] != np.arange(len(store.rows))).nonzero()[0]
+            n = len(judged)
+            place = np.full(len(store.rows) + 1, -1)
+            place[judged] = np.arange(rows, rows + n)
             columns["source"].append(np.full(n, i, np.int32))
-            columns["row"].append(np.arange(n))
-            columns["prompt"].append(number[prompts + store.rows["prompt"].astype(np.int64)])
-            columns["label"].append(np.array(store.rows["label"]))
-            columns["score"].append(np.array(store.rows["score"]))
-            for name in ("weight", "agree", "disagree"):
-                columns[name].append(np.array(store.rows[name]))
-            columns["pair"].append(np.where(store.rows["pair"] >= 0, store.rows["pair"] + rows, -1))
+            columns["row"].append(judged)
+            columns["prompt"].append(number[prompts + store.rows["prompt"][judged].astype(np.int64)])
+            for name in ("label", "score", "weight", "agree", "disagree", "gold"):
+                columns[name].append(np.array(store.rows[name][judged]))
+            columns["pair"].append(place[store.rows["pair"][judged]])  # -1 reads the last entry, which is -1
             columns["added"].append(np.zeros(n, bool))
             prompts, rows = prompts + len(store.prompts), rows + n
         joined: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
@@ -102,6 +105,11 @@ class Table:
             here = self.source == i
             values[here] = store.rows[column][self.row[here]]
         return values
+
+    @property
+    def gold_answers(self) -> Table:
+        """The table with each row's gold answer in its place; rows without one are unchanged."""
+        return replace(self, row=np.where(self.gold >= 0, self.gold, self.row))
 
     @property
     def prompt_length(self) -> NDArray[np.int64]:
