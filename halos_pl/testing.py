@@ -54,25 +54,28 @@ def random_rows(
     pairs: int,
     mismatched: int = 3,
     *,
+    gold: int = 0,
     tokens: int = 5,
     dtype: torch.dtype = torch.float64,
     scale: float = 1.0,
 ) -> LogProbBatch:
-    """Rows with random log-probs: pairs in random order, then mismatched rows; completions of 1 to ``tokens`` tokens.
+    """Rows with random log-probs: pairs in random order, then mismatched rows, then gold answers.
 
     Args:
         seed: seed of all random numbers.
         pairs: number of pairs of a chosen and a rejected row; up to two pairs share a prompt.
         mismatched: number of mismatched rows, which only feed the reference point.
-        tokens: maximum number of tokens of a completion.
+        gold: number of gold answers, which only terms that need them see.
+        tokens: maximum number of tokens of a completion, at least 1.
         dtype: dtype of the log-probs.
         scale: range of a token's log-prob, which is between ``-scale`` and 0, nats.
 
     Returns:
-        2 * pairs + mismatched rows with scalars; ``policy_logps`` and ``scalar`` require a gradient.
+        2 * pairs + mismatched + gold rows with scalars; ``policy_logps`` and ``scalar`` require a gradient.
     """
     generator = torch.Generator().manual_seed(seed)
-    n = 2 * pairs + mismatched
+    judged = 2 * pairs + mismatched
+    n = judged + gold
     mask = torch.arange(tokens) < torch.randint(1, tokens + 1, (n, 1), generator=generator)
     order = torch.randperm(2 * pairs, generator=generator)
     place = torch.empty(2 * pairs, dtype=torch.long)
@@ -85,7 +88,9 @@ def random_rows(
     reference = -scale * torch.rand(n, tokens, generator=generator, dtype=dtype) * mask
     group = torch.randint(0, (pairs + 1) // 2, (n,), generator=generator)
     group[place] = torch.arange(2 * pairs) // 4
-    labels = Labels(desirable, pair, torch.arange(n) >= 2 * pairs, group)
+    is_gold = torch.arange(n) >= judged
+    is_mismatched = (torch.arange(n) >= 2 * pairs) & ~is_gold
+    labels = Labels(desirable | is_gold, pair, is_mismatched, group, gold=is_gold)
     scalar = scale * torch.randn(n, generator=torch.Generator().manual_seed(seed + 1), dtype=dtype)
     return LogProbBatch(policy.requires_grad_(), reference, mask, labels, scalar=scalar.requires_grad_())
 

@@ -111,6 +111,7 @@ def write_data(folder: Path, *, seed: int = 3) -> dict[str, list[str]]:
 
     12 prompts with one to three rows each, of both labels or of one, and two pairs for each prompt. ``scored`` and
     ``scored_pairs`` are the same with scores, some of them tied, and not always higher for what is preferred.
+    ``triples`` are the pairs with gold answers.
     """
     draw = random.Random(seed)
 
@@ -130,17 +131,19 @@ def write_data(folder: Path, *, seed: int = 3) -> dict[str, list[str]]:
     scored = [row | {"score": quarters.randrange(-6, 7) / 4} for row in rows]
     sides = [{f"{side}_score": quarters.randrange(-12, 13) / 4 for side in ("chosen", "rejected")} for _ in pairs]
     scored_pairs = [pair | side for pair, side in zip(pairs, sides, strict=True)]
+    triples = [pair | {"reference": f"rather {completion()}"} for pair in pairs]
     files = {}
-    for name, lines in (("pairs", pairs), ("rows", rows), ("scored", scored), ("scored_pairs", scored_pairs)):
+    written = {"pairs": pairs, "rows": rows, "scored": scored, "scored_pairs": scored_pairs, "triples": triples}
+    for name, lines in written.items():
         files[name] = folder / f"{name}.jsonl"
         files[name].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     both = [str(files["pairs"]), str(files["rows"])]
-    own = {name: [str(files[name])] for name in ("scored", "scored_pairs")}
+    own = {name: [str(files[name])] for name in ("scored", "scored_pairs", "triples")}
     return {"pairs": both[:1], "rows": both, "groups": both[1:]} | own
 
 
 #: Examples of a step over each kind of those files.
-EXAMPLES = {"pairs": 4, "rows": 6, "groups": 4, "scored": 4, "scored_pairs": 4}
+EXAMPLES = {"pairs": 4, "rows": 6, "groups": 4, "scored": 4, "scored_pairs": 4, "triples": 4}
 
 
 def metrics(run: Path) -> list[dict[str, str]]:

@@ -91,6 +91,11 @@ class Batch:
         """long [m], the mismatched rows."""
         return self.labels.mismatched.nonzero().squeeze(1)
 
+    @property
+    def gold(self) -> Tensor:
+        """long [pairs], the rows that are gold answers for a loss that takes some: the chosen rows' mismatched ones."""
+        return self.mismatched[: len(self.good)]
+
     def margin(self, of_rows: Tensor) -> Tensor:
         """float32 [pairs], chosen minus rejected."""
         return of_rows[self.good] - of_rows[self.bad]
@@ -111,9 +116,13 @@ class Batch:
         return [self.of_pairs(pair) for pair in range(PAIRS)]
 
     def rows(self, needs: Needs) -> LogProbBatch:
-        """The rows for an objective of ours, with mismatched rows if it needs them."""
-        rows = LogProbBatch(self.policy, self.reference, self.mask, self.labels, scalar=self.scalar)
-        return rows if needs.mismatched else rows.select(self.labels.train_index)
+        """The rows for an objective of ours, with mismatched rows, or gold answers in their place, if it needs them."""
+        labels = self.labels
+        if needs.gold:
+            gold = torch.zeros_like(labels.gold).index_fill(0, self.gold, True)
+            labels = replace(labels, gold=gold, mismatched=labels.mismatched & ~gold)
+        rows = LogProbBatch(self.policy, self.reference, self.mask, labels, scalar=self.scalar)
+        return rows if needs.mismatched else rows.select(labels.train_index)
 
     def with_reference(self, shift: float) -> Batch:
         """The same rows under another reference, whose tokens differ by up to ``shift`` nats."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.batch import Needs
+from halos_pl.cli.shown_rows import ShownRow, shown_rows
 from halos_pl.common.files import write
 from halos_pl.common.messages import plain
 from halos_pl.data.example import DataError
@@ -38,33 +37,8 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 BINS = 16
 # Upper bound of lambda_D n_D / (lambda_U n_U) in the paper's versions; the lower bound is 1.
 IMBALANCE = {"arXiv v1": 4 / 3, "v4 and v5": 3 / 2}
-SHOWN_PROMPT_TOKENS = 120
 #: Marks around tokens that carry the loss, for terminals without colours.
 LOSS = ("⟦", "⟧")
-
-
-@dataclass(frozen=True)
-class ShownRow:
-    """One row, token by token.
-
-    Attributes:
-        name: name of the row.
-        verdict: ``desirable``, ``undesirable``, or the score if the row has no label; and the weight if it is not 1.
-        prompt, completion: text of each token; only the end of a long prompt.
-        loss: whether each text of the completion carries the loss.
-    """
-
-    name: str
-    verdict: str
-    prompt: list[str]
-    completion: list[str]
-    loss: list[bool]
-
-    def parts(self) -> Iterator[tuple[str, list[str]]]:
-        """The texts in order, in runs with the loss (``loss``) or without (``prompt``, ``context``)."""
-        yield "prompt", self.prompt
-        for carries, run in groupby(zip(self.loss, self.completion, strict=True), key=lambda pair: pair[0]):
-            yield "loss" if carries else "context", [text for _, text in run]
 
 
 @dataclass(frozen=True)
@@ -75,7 +49,8 @@ class Inspection:
         source: name of the source.
         figures: counts by name, in display order.
         lambdas: class weights by version of the paper.
-        percentiles: numbers of tokens of prompts, completions and both together, at ``PERCENTILES`` of the rows.
+        percentiles: numbers of tokens of prompts, completions, both together and gold answers, at ``PERCENTILES`` of
+            the rows.
         histogram: (from, to, rows) by tokens of prompt and completion together.
         max_length: length limit in tokens; rows that it would truncate or drop are counted.
         faults: the first few faults, one line each.
@@ -83,7 +58,7 @@ class Inspection:
         weights: the column with the rows' weights, their range and mean; None without one.
         text_prompts: encoding of plain-text prompts; None if there are none.
         notes: remarks on examples, with the number of examples.
-        examples: a few rows.
+        examples: a few rows, each with its gold answer, if it has one.
     """
 
     source: str
@@ -154,45 +129,14 @@ def _figures(store: Store, table: Table, judged: Table, max_length: int) -> dict
         **({"examples whose text spells special tokens": store.spelling} if store.spelling else {}),
         **{f"spelled: {token}": number for token, number in store.spelled.items()},
     }
+    if gold := int((table.gold >= 0).sum()):
+        figures |= {"gold answers": gold}
     if judges := int((store.rows["agree"] + store.rows["disagree"] > 0).sum()):
         figures |= {"rows with votes, for the transform Agreement": judges}
     if len(scores):
         figures |= {"rows with a score": len(scores), "lowest score": scores.min(), "median score": np.median(scores)}
         figures |= {"highest score": scores.max(), "dropped at the prompt's mean": len(table) - len(judged)}
     return {name: float(value) if isinstance(value, np.floating) else value for name, value in figures.items()}
-
-
-def _shown_row(tokenizer: PreTrainedTokenizerBase, table: Table, place: int) -> ShownRow:
-    words = {1: "desirable", 0: "undesirable"}
-    weight = "" if table.weight[place] == 1 else f", weight {table.weight[place]:g}"
-    ids, loss = table.completion_ids(place), table.loss(place)
-    loss = np.ones(len(ids), bool) if loss is None else loss
-    edges = [0, *((loss[1:] != loss[:-1]).nonzero()[0] + 1).tolist(), len(ids)]
-    texts: list[str] = []
-    carries: list[bool] = []
-    for start, stop in pairwise(edges):  # no character is shown across an edge
-        run = _token_texts(tokenizer, ids[start:stop])
-        texts += run
-        carries += [bool(loss[start])] * len(run)
-    return ShownRow(
-        name=table.name(place),
-        verdict=words.get(int(table.label[place]), f"score {table.score[place]:g}") + weight,
-        prompt=_token_texts(tokenizer, table.prompt_ids(int(table.prompt[place]))[-SHOWN_PROMPT_TOKENS:]),
-        completion=texts,
-        loss=carries,
-    )
-
-
-def _token_texts(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int32]) -> list[str]:
-    """The text of each token, or of several that make up one character; control characters are escaped."""
-    texts, pending = [], []
-    for token in ids.tolist():
-        pending.append(token)
-        text = str(tokenizer.decode(pending))
-        if not text.endswith("\ufffd") or len(pending) == 4:  # a character has at most four bytes
-            texts.append(plain(text))
-            pending = []
-    return [*texts, *([str(tokenizer.decode(pending))] if pending else [])]
 
 
 def inspect(
@@ -225,6 +169,8 @@ def inspect(
     judged, _ = ThresholdScores()(table, seeded("inspect", seed))
     prompt, completion = table.prompt_length, table.of_rows("length").astype(int)
     lengths = {"prompt": prompt, "completion": completion, "together": prompt + completion}
+    if (has_gold := table.gold >= 0).any():
+        lengths["gold answer"] = table.gold_answers.of_rows("length")[has_gold].astype(int)
     histogram: list[tuple[int, int, int]] = []
     if len(table):
         # Bins of equal width up to the 99th percentile; longer rows share the last bin.
@@ -252,7 +198,7 @@ def inspect(
         weights=summary_of(store.weighted_by, table.weight),
         text_prompts=convention(store.text_prompts, text_prompts, bool(tokenizer.chat_template)),
         notes=store.notes,
-        examples=[_shown_row(tokenizer, table, place) for place in chosen],
+        examples=[row for place in chosen for row in shown_rows(tokenizer, table, place)],
     )
 
 

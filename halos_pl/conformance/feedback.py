@@ -17,7 +17,8 @@ from halos_pl.conformance.histories import HISTORIES, Told, retold, told
 from halos_pl.conformance.later import EXAMPLES, PartCase, state_of
 from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, asked, fitted_to, padded, paddings, renumbered, rerouted, shares, unscored
+from halos_pl.conformance.step_split import shares
+from halos_pl.conformance.steps import Step, asked, fitted_to, padded, paddings, renumbered, rerouted, unscored
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.objective.feedback import Feedback, Judgement
 

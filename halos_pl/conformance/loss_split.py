@@ -13,7 +13,8 @@ from torch import Tensor
 from halos_pl.batch import LogProbBatch
 from halos_pl.conformance.halo_case import RELATIVE, HaloCase
 from halos_pl.conformance.ranks import Ranks, namespaces
-from halos_pl.conformance.steps import Step, gradient_of, padded, paddings, renumbered, shares, with_leaf
+from halos_pl.conformance.step_split import shares
+from halos_pl.conformance.steps import Step, gradient_of, padded, paddings, renumbered, with_leaf
 from halos_pl.conformance.witness import pair
 from halos_pl.objective.halo import HALO
 

@@ -16,7 +16,8 @@ from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.halo_case import RELATIVE, HaloCase
 from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, asked, gradient_of, shares, with_leaf
+from halos_pl.conformance.step_split import shares
+from halos_pl.conformance.steps import Step, asked, gradient_of, with_leaf
 from halos_pl.conformance.witness import pair
 from halos_pl.objective.policy_weighted import PolicyWeighted
 

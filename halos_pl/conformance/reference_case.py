@@ -15,7 +15,8 @@ from halos_pl.conformance.clause import Law
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.later import PartCase
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, asked, fitted_to, gradient_of, kept_together, with_leaf
+from halos_pl.conformance.step_split import kept_together
+from halos_pl.conformance.steps import Step, asked, fitted_to, gradient_of, with_leaf
 from halos_pl.conformance.witness import pair
 from halos_pl.objective.halo import mean_of_tokens
 from halos_pl.objective.reference_points import Estimate, ReferencePoint

@@ -11,7 +11,8 @@ from torch import Tensor
 from halos_pl.conformance.clause import explained
 from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.reference_case import RELATIVE, ReferencePointCase, first_difference, untied
-from halos_pl.conformance.steps import Step, padded, paddings, renumbered, shares, unscored
+from halos_pl.conformance.step_split import shares
+from halos_pl.conformance.steps import Step, padded, paddings, renumbered, unscored
 from halos_pl.conformance.witness import listed, pair
 
 

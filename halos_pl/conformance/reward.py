@@ -14,7 +14,8 @@ from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.later import PartCase
 from halos_pl.conformance.single_precision import off_in_single_precision
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, asked, fitted_to, kept_together, padded, paddings, renumbered, rerouted
+from halos_pl.conformance.step_split import kept_together
+from halos_pl.conformance.steps import Step, asked, fitted_to, padded, paddings, renumbered, rerouted
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.objective.rewards import Reward
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from itertools import pairwise
 from random import Random
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from halos_pl.batch import LogProbBatch, Needs, Routing
+from halos_pl.conformance.gold_rows import joined
 from halos_pl.labels import Labels
 
 Classes = Literal["mixed", "desirable", "undesirable"]
@@ -41,6 +41,7 @@ class Step:
         scores: within 2 of 0, up to 1,000 away, 0 in most rows, or all near -1,000 or all near 1,000. Some are missing,
             in every third step all.
         holes: whether rows have tokens without loss before or between those with loss, as turns of a conversation.
+        gold: number of gold answers, from separate generators.
     """
 
     seed: int = 0
@@ -56,6 +57,7 @@ class Step:
     rewards: Rewards = "varied"
     scores: Scores = "near"
     holes: bool = False
+    gold: int = 0
 
     @property
     def large(self) -> bool:
@@ -77,7 +79,7 @@ class Step:
         return replace(self, seed=(self.seed + 7919 * call) % 2**31)
 
     def rows(self, dtype: torch.dtype = torch.float64) -> LogProbBatch:
-        """The rows of the step in random order, mismatched rows among them."""
+        """The rows of the step in random order, mismatched rows and gold answers among them."""
         drawn = self._rows(dtype)
         rows: LogProbBatch = _copy(drawn)
         rows.labels, rows.routing = _copy(drawn.labels), _copy(drawn.routing)
@@ -85,6 +87,10 @@ class Step:
 
     @lru_cache(maxsize=4096)  # noqa: B019  (a step is a few numbers)
     def _rows(self, dtype: torch.dtype) -> LogProbBatch:
+        if self.gold:
+            alone = replace(self, units=self.gold, mismatched=0, paired=False, grouped=False, classes="desirable")
+            gold = replace(alone, gold=0, seed=self.seed + 6)._rows(dtype)
+            return joined(replace(self, gold=0)._rows(dtype), gold, self.seed + 6)
         draw = torch.Generator().manual_seed(self.seed)
         train = self.units * (2 if self.paired or self.grouped else 1)
         n, width = train + self.mismatched, self.tokens
@@ -332,6 +338,7 @@ def fitted_to(step: Step, needs: Needs, mismatched: bool | None) -> Step:
         mismatched=max(step.mismatched, int(wanted)) if allowed else 0,
         paired=step.paired or needs.pairs,
         grouped=step.grouped or needs.groups,
+        gold=(1 + step.seed % step.units) * needs.gold,
     )
 
 
@@ -368,37 +375,7 @@ def large_steps(needs: Needs | None = None, *, mismatched: bool | None = None) -
             mismatched=(1 + min(step.units, 300) // 4) * (wanted or allowed),
             paired=needs.pairs,
             grouped=needs.groups,
+            gold=(1 + min(step.units, 300) // 4) * needs.gold,
         )
         for number, step in enumerate(LARGE)
     )
-
-
-def kept_together(rows: LogProbBatch, needs: Needs) -> list[list[int]]:
-    """Indices of rows that no split of a step separates: pairs, and whole prompts if needed."""
-    units: dict[tuple[str, int], list[int]] = {}
-    columns = (rows.labels.pair.tolist(), rows.labels.group.tolist(), rows.labels.mismatched.tolist())
-    for i, (pair, group, mismatched) in enumerate(zip(*columns, strict=True)):
-        if needs.groups and not mismatched:
-            units.setdefault(("group", group), []).append(i)
-        else:
-            units.setdefault(("row", min(i, pair) if pair >= 0 else i), []).append(i)
-    return list(units.values())
-
-
-def shares(rows: LogProbBatch, needs: Needs, seed: int, ranks: int) -> list[torch.Tensor]:
-    """Indices of the step's rows on each of ``ranks``, unequal numbers of them; in some steps, a rank has no rows.
-
-    Mismatched rows are on ranks that have rows with a loss.
-    """
-    units = kept_together(rows, needs)
-    draw = Random(seed)
-    some = len(units) >= ranks and seed % 3
-    between = draw.sample(range(1, len(units)), ranks - 1) if some else draw.choices(range(len(units) + 1), k=ranks - 1)
-    cuts = [0, *sorted(between), len(units)]
-    parts = [[i for unit in units[a:b] for i in unit] for a, b in pairwise(cuts)]
-    with_loss = [part for part in parts if bool(rows.labels.train[part].any())]
-    for part in parts:
-        if part not in with_loss:
-            with_loss[0] += part
-            part.clear()
-    return [torch.tensor(part, dtype=torch.long) for part in parts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def copied(rows: LogProbBatch) -> LogProbBatch:
     tensors: dict[str, Any] = {
         name: value.detach().clone() for name, value in vars(rows).items() if torch.is_tensor(value)
     }
-    columns = {name: column.clone() for name, column in vars(rows.labels).items()}
+    columns = {f.name: getattr(rows.labels, f.name).clone() for f in fields(rows.labels)}
     return replace(rows, **tensors, labels=replace(rows.labels, **columns))
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from halos_pl.plan.memory import Layout, Memory, Planner
-from halos_pl.plan.rows import Rows
+from halos_pl.plan.rows import Rows, rows_of_unit
 
 #: Numbers of cards that are tried.
 CARDS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -54,11 +54,11 @@ def smallest(planner: Planner, rows: Rows, memory: float) -> Fit | None:
             continue
         if own := fit(run.gradient_checkpointing, run.micro_batch_rows):
             return own
-        one = 2 if run.needs.pairs else 1
+        one, each = 2 if run.needs.pairs else 1, rows_of_unit(run.needs)
         if (best := fit(True, one)) is None:
             continue
         sizes = [one]
-        while 2 * sizes[-1] < one * math.ceil(run.batch_size / cards):
+        while 2 * sizes[-1] < each * math.ceil(run.batch_size / cards):
             sizes.append(2 * sizes[-1])
         fits, too_many = 0, len(sizes)
         while too_many - fits > 1:

@@ -10,7 +10,7 @@ from halos_pl.batch import TokenBatch
 from halos_pl.plan.error import PlanError
 from halos_pl.plan.fake import Work, step_memory
 from halos_pl.plan.live import PARTS, Moment
-from halos_pl.plan.rows import Rows
+from halos_pl.plan.rows import Rows, rows_of_unit
 from halos_pl.plan.run import Numerics, Settings
 from halos_pl.policy.head import GPU_LOGITS, LOGITS
 
@@ -132,7 +132,7 @@ class Planner:
 
     def _moments(self, work: Work, rows: Rows, units: int) -> list[Moment]:
         """The moments of a step of ``units`` rows (pairs, if the objective compares pairs) on a device."""
-        each = 2 if self.settings.needs.pairs else 1
+        each = rows_of_unit(self.settings.needs)
         micro = None if work.micro_batch_rows is None else max(1, work.micro_batch_rows // each)
         if micro is not None:
             units = min(units, 2 * micro)  # all micro-batches beyond the second are alike

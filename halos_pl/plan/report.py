@@ -36,8 +36,9 @@ def lines(plan: Plan) -> Iterator[str]:
     yield f"rows         {plan.rows.source}"
     epoch = f"; steps per epoch: {plan.rows.steps:,}" if plan.rows.steps else ""
     each = "pairs" if run.needs.pairs else "rows"
-    mismatched = ", mismatched rows included" if run.needs.mismatched else ""
-    yield f"step         {run.batch_size} {each}, {plan.tokens:,.0f} tokens{mismatched}{epoch}"
+    further = {"mismatched rows": run.needs.mismatched, "gold answers": run.needs.gold}
+    included = "".join(f", {name} included" for name, needed in further.items() if needed)
+    yield f"step         {run.batch_size} {each}, {plan.tokens:,.0f} tokens{included}{epoch}"
     yield f"useful FLOP  {'unknown: a mixture of experts' if plan.flops is None else f'{plan.flops:.3g} per step'}"
     devices = f"{layout.cards} device{'s' if layout.cards > 1 else ''}"
     replicas = f", {layout.replicas} replicas" if layout.replicas > 1 else ""

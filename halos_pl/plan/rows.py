@@ -31,8 +31,15 @@ class Rows:
     alike: bool
 
 
+def rows_of_unit(needs: Needs) -> int:
+    """Rows with gradient of a row or, if the objective compares pairs, of a pair: itself and its gold answer."""
+    return (2 if needs.pairs else 1) + needs.gold
+
+
 def assumed(rows: int, length: int, needs: Needs) -> TokenBatch:
     """A batch in which all rows have different prompts and the same length: half prompt, half completion.
+
+    If the objective needs gold answers, there is one for each row or pair.
 
     Args:
         rows: rows with gradient; pairs, if the objective compares pairs.
@@ -46,20 +53,26 @@ def assumed(rows: int, length: int, needs: Needs) -> TokenBatch:
     pair = torch.full((rows,), -1)
     if needs.pairs:
         pair = torch.arange(2 * rows).view(-1, 2).flip(1).flatten()
+    judged = len(prompt)
+    if needs.gold:
+        prompt = torch.cat([prompt, torch.arange(rows)])
+        pair = torch.cat([pair, torch.full((rows,), -1)])
+    gold = torch.arange(len(prompt)) >= judged
     lengths = [completion] * len(prompt)
     mismatched = [False] * len(prompt)
     if needs.mismatched or needs.samples or needs.exact_kl:
         prompt = torch.cat([prompt, torch.arange(rows)])
         pair = torch.cat([pair, torch.full((rows,), -1)])
+        gold = torch.cat([gold, torch.zeros(rows, dtype=torch.bool)])
         lengths += [needs.samples or completion] * rows
         mismatched += [True] * rows
     n = len(lengths)
-    labels = Labels(torch.arange(n) % 2 == 0, pair=pair, mismatched=torch.tensor(mismatched))
+    labels = Labels(torch.arange(n) % 2 == 0, pair=pair, mismatched=torch.tensor(mismatched), gold=gold)
     return TokenBatch(prompts, [torch.zeros(length, dtype=torch.long) for length in lengths], prompt, labels)
 
 
 def longest(batch: TokenBatch, units: int, needs: Needs) -> TokenBatch:
-    """The longest rows of a batch, with their mismatched rows: an upper bound of a rank's share of the step.
+    """The longest rows of a batch, with mismatched rows and gold answers: an upper bound of a rank's share of the step.
 
     Args:
         batch: rows of a whole step.
@@ -67,13 +80,14 @@ def longest(batch: TokenBatch, units: int, needs: Needs) -> TokenBatch:
         needs: needs of the objective.
     """
     size = [len(batch.prompts[p]) + len(c) for p, c in zip(batch.prompt.tolist(), batch.completions, strict=True)]
-    pair, mismatched = batch.labels.pair.tolist(), batch.labels.mismatched.tolist()
-    train = [i for i in range(len(batch)) if not mismatched[i]]
+    pair, mismatched, gold = (getattr(batch.labels, name).tolist() for name in ("pair", "mismatched", "gold"))
+    train = [i for i in range(len(batch)) if not (mismatched[i] or gold[i])]
     groups = [[pair[i], i] for i in train if 0 <= pair[i] < i] if needs.pairs else [[i] for i in train]
     groups.sort(key=lambda rows: -sum(size[i] for i in rows))
-    spare = sorted((i for i in range(len(batch)) if mismatched[i]), key=lambda i: -size[i])
     chosen = [i for rows in groups[:units] for i in rows]
-    return batch.select(torch.tensor(sorted([*chosen, *spare[:units]])))
+    for spare in (mismatched, gold):
+        chosen += sorted((i for i in range(len(batch)) if spare[i]), key=lambda i: -size[i])[:units]
+    return batch.select(torch.tensor(sorted(chosen)))
 
 
 def from_data(data: Any, steps: int) -> tuple[list[TokenBatch], int]:

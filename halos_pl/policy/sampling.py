@@ -107,6 +107,8 @@ def sample_tokens(
 class PolicySamples:
     """For each row of a batch, samples a completion from the current policy and adds it as a mismatched row.
 
+    Gold answers get none.
+
     Args:
         policy: model to sample from, at temperature 1, using the global random state.
         tokenizer: tokenizer of the policy.
@@ -118,29 +120,35 @@ class PolicySamples:
         self._stops, self._pad = stop_ids(tokenizer), tokenizer.pad_token_id
 
     def __call__(self, batch: TokenBatch) -> TokenBatch:
-        """The batch with twice as many rows."""
+        """The batch with the samples as further rows."""
+        host, prompts = batch.labels.host, batch.prompt.tolist()
+        answered = [i for i in range(len(batch)) if not host.gold[i]]
+        names = [batch.row_ids[i] for i in answered] if batch.row_ids else []
         ids = sample_tokens(
             self.policy.model,
-            [batch.prompts[i].tolist() for i in batch.prompt.tolist()],
+            [batch.prompts[prompts[i]].tolist() for i in answered],
             stops=self._stops,
             pad=self._pad,
             max_new_tokens=self.max_new_tokens,
-            names=batch.row_ids,
+            names=names,
         )
-        labels, device, n = batch.labels, batch.prompt.device, len(batch)
+        labels, device, n = batch.labels, batch.prompt.device, len(answered)
+        rows = torch.tensor([*range(len(batch)), *answered], device=device)
+        is_sample = torch.arange(len(rows), device=device) >= len(batch)
         return replace(
             batch,
             completions=[*batch.completions, *(torch.tensor(sampled, device=device) for sampled in ids)],
-            prompt=batch.prompt.repeat(2),
+            prompt=batch.prompt[rows],
             labels=Labels(
-                desirable=torch.cat([labels.desirable, torch.zeros_like(labels.desirable)]),
-                pair=torch.cat([labels.pair, torch.full_like(labels.pair, -1)]),
-                mismatched=torch.arange(2 * n, device=device) >= n,
-                group=labels.group.repeat(2),
-                score=labels.score.repeat(2),
-                weight=labels.weight.repeat(2),
+                desirable=labels.desirable[rows] & ~is_sample,
+                pair=torch.where(is_sample, -1, labels.pair[rows]),
+                mismatched=is_sample,
+                group=labels.group[rows],
+                score=labels.score[rows],
+                weight=labels.weight[rows],
+                gold=labels.gold[rows],
             ),
-            row_ids=[*batch.row_ids, *(f"sample for {name}" for name in batch.row_ids)],
+            row_ids=[*batch.row_ids, *(f"sample for {name}" for name in names)],
             loss=None if batch.loss is None else [*batch.loss, *[None] * n],
         )
 

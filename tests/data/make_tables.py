@@ -22,7 +22,7 @@ def store(rows: Sequence[tuple[int, int, float, int]], path: str = "f.jsonl") ->
         tokens += [1000 + p] * (p % 3 + 1)
     made: list[Any] = []
     for i, (p, label, score, pair) in enumerate(rows):
-        made.append((numbers[p], len(tokens), i % 5 + 1, label, score, pair, i + 1, 0, i, 1.0, 0.0, 0.0))
+        made.append((numbers[p], len(tokens), i % 5 + 1, label, score, pair, i + 1, 0, i, 1.0, 0.0, 0.0, -1))
         tokens += [i] * (i % 5 + 1)
     return Store(
         path=path,

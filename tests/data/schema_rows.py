@@ -14,6 +14,7 @@ HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: who?\n\nAssistant:"
 ROWS: dict[str, Any] = {
     "unpaired": {"prompt": [USER], "completion": [BOT], "label": True},
     "paired": {"prompt": "p", "chosen": "c", "rejected": "r"},
+    "triple": {"prompt": "p", "chosen": "c", "rejected": "r", "reference": "g"},
     "implicit": {"chosen": [USER, BOT], "rejected": [USER, OTHER]},
     "halos_binary": {
         "prompt_id": 0, "prompt": [USER], "output": [BOT], "label": 1, "reward": 0.5, "type": "binary_feedback",

@@ -153,14 +153,14 @@ class Rescorer:
         self.head: Tensor = torch.zeros(1, self.policy.config.hidden_size)
 
     def text(self, name: str) -> tuple[str, str, bool]:
-        """Prompt, completion and label of the row ``FILE:LINE``, with ``#chosen`` or ``#rejected`` for a pair."""
+        """Prompt, completion and label of the row ``FILE:LINE``, with ``#chosen``, ``#rejected`` or ``#gold``."""
         place, _, side = name.partition("#")
         path, _, line = place.rpartition(":")
         if path not in self.lines:
             self.lines[path] = [json.loads(row) for row in Path(path).read_text().splitlines()]
         row = self.lines[path][int(line) - 1]
         if side:
-            return row["prompt"], row[side], side == "chosen"
+            return row["prompt"], row["reference" if side == "gold" else side], side != "rejected"
         return row["prompt"], row["completion"], row["label"]
 
     def score(self, name: str) -> float:
@@ -219,7 +219,7 @@ class Rescorer:
         pair = []
         for name, is_mismatched in zip(recorded.names, recorded.mismatched, strict=True):
             stem, _, side = name.rpartition("#")
-            paired = LOSSES[objective].data.endswith("pairs") and not is_mismatched
+            paired = LOSSES[objective].data.endswith(("pairs", "triples")) and not is_mismatched and side != "gold"
             pair.append(places[f"{stem}#{'rejected' if side == 'chosen' else 'chosen'}"] if paired else -1)
         prompts = [text for text, *_ in rows]
         padded = torch.nn.utils.rnn.pad_sequence
@@ -233,6 +233,7 @@ class Rescorer:
             prompt=torch.tensor([prompts.index(text) for text in prompts]),
             scalar=scalar,
             score=torch.tensor([self.score(name) for name in recorded.names], dtype=torch.float64),
+            gold=torch.tensor([name.endswith("#gold") for name in recorded.names]),
         )
 
 
@@ -260,9 +261,11 @@ def assert_the_formulas(objective: str, steps: list[Recorded], rescorer: Rescore
     return seen
 
 
-def rows(pairs: int = 4, mismatched: int = 2, *, seed: int = 0, tokens: int = 5, scale: float = 1.0) -> LogProbBatch:
+def rows(
+    pairs: int = 4, mismatched: int = 2, *, gold: int = 0, seed: int = 0, tokens: int = 5, scale: float = 1.0
+) -> LogProbBatch:
     """Random log-probs and scores without a model, in groups of two pairs: an advantage is over more than two rows."""
-    made = random_rows(seed, pairs, mismatched, tokens=tokens, scale=scale)
+    made = random_rows(seed, pairs, mismatched, gold=gold, tokens=tokens, scale=scale)
     group = torch.minimum(torch.arange(len(made)), made.labels.pair.clamp(min=0)) // 2
     draw = torch.Generator().manual_seed(seed)
     score = torch.randint(-6, 7, (len(made),), generator=draw) / 4
@@ -274,7 +277,7 @@ def as_step(rows: LogProbBatch, policy: torch.Tensor) -> Step:
     assert reference is not None
     assert scalar is not None
     who = labels.desirable, labels.pair, labels.mismatched, labels.group
-    return Step(policy, reference, rows.mask, *who, scalar, labels.score.double())
+    return Step(policy, reference, rows.mask, *who, scalar, labels.score.double(), labels.gold)
 
 
 def assert_equals_formula(name: str, rows: LogProbBatch, made: Objective | None = None) -> None:

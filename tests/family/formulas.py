@@ -32,6 +32,7 @@ class Step:
         prompt: long [n], equal for rows that answer the same prompt.
         scalar: float64 [n], the number that a linear head gives each row.
         score: float64 [n], the score of each row; 1 if desirable and 0 if not, where the data have none.
+        gold: bool [n], gold answers.
     """
 
     policy: Tensor
@@ -43,10 +44,11 @@ class Step:
     prompt: Tensor
     scalar: Tensor
     score: Tensor
+    gold: Tensor
 
     @property
     def train(self) -> Tensor:
-        return ~self.mismatched
+        return ~(self.mismatched | self.gold)
 
     @property
     def length(self) -> Tensor:
@@ -93,7 +95,7 @@ class Loss:
     Attributes:
         of: the loss of a step, given the steps before it.
         data: what one example of a step is: ``rows``, ``pairs`` or ``groups`` (all rows of a prompt); ``scored`` groups
-            and ``scored_pairs`` have scores.
+            and ``scored_pairs`` have scores, and ``triples`` are pairs with a gold answer.
         reference: the policy's weights at each step so far (the first are the start, the last those of this
             step) to the reference's, or to several with their shares in log pi_ref; left out, the start's.
         reaches: cases that must occur within a run, or the run has not tested them.

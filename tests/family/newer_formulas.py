@@ -45,6 +45,13 @@ def kto_surprisal(step: Step) -> Tensor:
 # -- pairs -----------------------------------------------------------------------------------------------------
 
 
+@loss("tpo", data="triples", uses_reference=False)
+def tpo(step: Step) -> Tensor:
+    """Saeidi et al. 2024, beta = .01; the likelihood is a mean over the tokens of the gold answers, as in TRL."""
+    of_gold = step.policy[step.gold].sum() / step.length[step.gold].sum()
+    return -logsigmoid(0.01 * step.margin(step.logp)).mean() - of_gold
+
+
 @loss("simper", uses_reference=False)
 def simper(step: Step) -> Tensor:
     """Xiao et al. 2025, eq. 7."""

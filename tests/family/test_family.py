@@ -59,7 +59,7 @@ def test_the_file_is_short_and_says_what_it_is(objective):
 
 # Of the newer losses, those with rows, weights or references of their own kind. The fits of the others are slow; their
 # formulas are compared on tensors below.
-SAMPLE = {"alpha_dpo", "beta_dpo", "fipo", "infonca", "mnpo", "qrpo", "real", "rebel"}
+SAMPLE = {"alpha_dpo", "beta_dpo", "fipo", "infonca", "mnpo", "qrpo", "real", "rebel", "tpo"}
 FITTED = [name if name in OLDER | SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in FILES]
 
 
@@ -106,7 +106,8 @@ def test_the_formula_says_every_number_of_the_file(objective):
     model.pop("reference_model", None)  # how it moves shows over steps only
     if model["reward"] is None:
         model.pop("loss_offset")  # of a HALO that is not there
-    tried = [rows(seed=seed, scale=3.0) for seed in range(4)] + [rows(seed=4, scale=8.0)]
+    gold = 3 if LOSSES[objective].data == "triples" else 0
+    tried = [rows(gold=gold, seed=seed, scale=3.0) for seed in range(4)] + [rows(gold=gold, seed=4, scale=8.0)]
     if LOSSES[objective].data == "rows":  # one class has more than the other, or their z0 may cancel
         tried = [each.select(torch.arange(1, len(each))) for each in tried]
     for each in tried:

@@ -183,7 +183,7 @@ TOKENS = {"ppo_clip", "grpo"}
 REWARD_MODELS = {"bradley_terry"}  # compared in test_reward_models.py
 IN_PARTS = {"cdpo", "ipo", "slic", "orpo"}
 # Compared with TRL's own code in test_other_libraries.py.
-ON_ONE_BATCH = {"alphapo", "cispo", "gmpo", "gspo", "ld_dpo", "luspo", "mpo", "sapo", "vespo", "wpo"}
+ON_ONE_BATCH = {"alphapo", "cispo", "gmpo", "gspo", "ld_dpo", "luspo", "mpo", "sapo", "tpo", "vespo", "wpo"}
 NOT_IN_TRL = {
     *("alpha_dpo", "beta_dpo", "dpo_sigmoid", "dppo_tv", "dro", "fipo", "gamma_po", "humanline_grpo", "infonca"),
     *("kto_surprisal", "madpo", "mnpo", "npo", "plackett_luce", "qrpo", "real", "rebel", "repo", "simnpo", "simper"),

@@ -55,6 +55,7 @@ SCHEMAS: dict[str, list[dict[str, Any]]] = {
         {"prompt": "2 + 2? ", "chosen": "4", "rejected": "5, I am sure"},
         {"prompt": CONVERSATION, "chosen": [BOT], "rejected": [OTHER]},
     ],
+    "triple": [{"prompt": "2 + 2? ", "chosen": "4", "rejected": "5, I am sure", "reference": "It is 4."}],
     "implicit": [{"chosen": [*CONVERSATION, BOT], "rejected": [*CONVERSATION, OTHER]}],
     "halos_binary": [
         {"prompt_id": 0, "prompt": [USER], "output": [BOT], "label": 1, "reward": 0.5, "type": "binary_feedback"}
@@ -126,6 +127,7 @@ KIND = (
     | dict.fromkeys(GROUPS, "groups")
     | dict.fromkeys(SCORED, "scored")
     | dict.fromkeys(("madpo", "rebel"), "scored_pairs")
+    | {"tpo": "triples"}
 )
 
 

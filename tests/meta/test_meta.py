@@ -26,7 +26,8 @@ from halos_pl.batch import Needs
 from halos_pl.conformance import CheckFailed, check_halo
 from halos_pl.conformance.check import checks_of, reports
 from halos_pl.conformance.smallest import _halved, smallest
-from halos_pl.conformance.steps import Step, large_steps, shares
+from halos_pl.conformance.step_split import shares
+from halos_pl.conformance.steps import Step, large_steps
 from halos_pl.conformance.witness import Raised
 from halos_pl.objective.feedback import Binary
 from halos_pl.objective.reference_points import MismatchedKL

@@ -37,6 +37,13 @@ CPO: dict[str, Any] = {
     "alpha": 0.0,
     "loss_type": "sigmoid",
 }
+TPO: dict[str, Any] = {
+    "beta": 0.01,
+    "label_smoothing": 0.0,
+    "tpo_alpha": 1.0,
+    "tpo_l_gamma": 0.5,
+    "loss_type": "sigmoid",
+}
 GRPO: dict[str, Any] = {
     "beta": 0.04,
     "epsilon_low": 0.2,
@@ -215,6 +222,18 @@ def cpo(batch: Batch, **constants: Any) -> Tensor:
 
     trainer = _trainer(CPOTrainer, _model(batch, batch.train, batch.tokens), pad_token_id=0, **CPO | constants)
     loss: Tensor = trainer.get_batch_loss_metrics(trainer.model, _sides(batch))[0]
+    return loss
+
+
+def tpo(batch: Batch, **constants: Any) -> Tensor:
+    """``TPOTrainer`` of ``trl.experimental``."""
+    from trl.experimental.tpo import TPOTrainer
+
+    rows = torch.cat([batch.train, batch.gold])
+    there, completion = _masks(batch, rows)
+    trainer = _trainer(TPOTrainer, _model(batch, rows, batch.tokens), **TPO | constants)
+    inputs = {"input_ids": there, "attention_mask": there, "completion_mask": completion}
+    loss: Tensor = trainer._compute_loss(trainer.model, inputs, False)
     return loss
 
 
