@@ -91,8 +91,8 @@ def binary_data(path: Path, rows: int = 12, *, seed: int = 0) -> Path:
     return path
 
 
-def pair_data(path: Path, pairs: int = 6, *, seed: int = 0) -> Path:
-    """Pairs of several lengths."""
+def pair_data(path: Path, pairs: int = 6, *, gold: bool = False, seed: int = 0) -> Path:
+    """Pairs of several lengths, with gold answers or without."""
     draw = random.Random(seed)
 
     def completion() -> str:
@@ -102,6 +102,7 @@ def pair_data(path: Path, pairs: int = 6, *, seed: int = 0) -> Path:
         {"prompt": f"question {i}" + " why" * draw.randrange(4), "chosen": completion(), "rejected": completion()}
         for i in range(pairs)
     ]
+    lines = [line | {"reference": f"rather {completion()}"} for line in lines] if gold else lines
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 

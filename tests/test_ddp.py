@@ -64,6 +64,7 @@ class Both:
         self.number = itertools.count()
         self.binary = binary_data(folder / "binary.jsonl", 13)
         self.pairs = pair_data(folder / "pairs.jsonl", 13)
+        self.triples = pair_data(folder / "triples.jsonl", 13, gold=True)
 
     def __call__(
         self, objective: str, data: Path, *options: str, one: tuple[str, ...] = (), two: tuple[str, ...] = ()
@@ -110,6 +111,7 @@ def assert_same_weights(one: Path, two: Path, least: float = 1e-6) -> None:
         ("kto", ()),
         ("dpo", ("--model.micro_batch_rows=2",)),
         pytest.param("bco", ("--model.micro_batch_rows=1",), marks=pytest.mark.slow),
+        ("tpo", ("--model.micro_batch_rows=2",)),  # with gold answers
         ("aot_unpaired", ("--model.micro_batch_rows=2",)),  # rows of one rank are matched with those of the other
         pytest.param("aot", ("--model.micro_batch_rows=2",), marks=pytest.mark.slow),
         pytest.param("grpo", ("--model.micro_batch_rows=1",), marks=pytest.mark.slow),
@@ -128,8 +130,10 @@ def assert_same_weights(one: Path, two: Path, least: float = 1e-6) -> None:
 )
 def test_two_processes_train_as_one(both, objective, two):
     """13 examples in steps of 5, 5 and 3, so the ranks have different numbers of rows; a held-out batch of one pair."""
-    data = both.pairs if objective_needs(objective).pairs else both.binary
-    held_out = (f"--data.validation={both.pairs}", "--data.eval_batch_size=4")
+    needs = objective_needs(objective)
+    pairs = both.triples if needs.gold else both.pairs
+    data = pairs if needs.pairs else both.binary
+    held_out = (f"--data.validation={pairs}", "--data.eval_batch_size=4")
     options = ("--data.batch_size=5", *held_out, *SGD, "--trainer.gradient_clip_val=0.1")
     one, two_ = both(objective, data, *options, two=two)
     assert_same_figures(one, two_)

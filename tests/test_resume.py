@@ -43,6 +43,7 @@ SETUPS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "dpo": ("dpo", "llama", ("--model.micro_batch_rows=2", "--model.lr_schedule=cosine")),
     "tr_dpo": ("tr_dpo", "llama", ()),  # so is a reference that moves
     "mnpo": ("mnpo", "llama", ()),  # so are the policies of earlier steps
+    "tpo": ("tpo", "llama", ("--model.micro_batch_rows=2",)),  # with gold answers
     "study": ("kto", "llama", STUDY),
 }
 PAIRS = {"dpo", "tr_dpo", "mnpo"}
@@ -56,11 +57,12 @@ class Runs:
         self.number = itertools.count()
         self.binary = binary_data(folder / "binary.jsonl", ROWS)
         self.pairs = pair_data(folder / "pairs.jsonl", ROWS)
+        self.triples = pair_data(folder / "triples.jsonl", ROWS, gold=True)
         self.whole: dict[tuple[str, ...], Path] = {}
 
     def words(self, setup: str, run_dir: Path, options: tuple[str, ...]) -> list[str]:
         objective, model, more = SETUPS[setup]
-        data = self.pairs if objective in PAIRS else self.binary
+        data = self.triples if objective == "tpo" else self.pairs if objective in PAIRS else self.binary
         common = ("--trainer.max_epochs=2", "--checkpoint.every_n_steps=1", SEED, *more, *options)
         return fit(self.models[model], objective, data, run_dir, *common)
 
@@ -113,6 +115,7 @@ DEFAULT: list[tuple[str, int, str, int]] = [
     ("study", EPOCH, "after_checkpoint", 2),  # after the last step of an epoch, before the next one has begun
     ("bco", EPOCH, "after_step", 0),  # its last step is lost with it
     ("auto", 3, "after_checkpoint", 0),
+    ("tpo", 3, "after_checkpoint", 0),
     ("dropout", 3, "written", 0),  # in the middle of an epoch; its line is in the log already
     ("tr_dpo", EPOCH + 1, "writing", 0),  # half a checkpoint lies beside the good one
 ]

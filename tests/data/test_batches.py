@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise, permutations
 from random import Random
 from typing import Any
@@ -147,16 +148,19 @@ def test_laws_of_a_step(prompt_of: list[int], batch_size: int, world_size: int, 
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=4, max_size=12),
     mismatched=st.booleans(),
+    gold=st.booleans(),
     world_size=st.integers(2, 4),
     seed=seeds,
 )
 @law
 def test_no_rank_has_more_than_an_equal_share_and_one_example(
-    lengths: list[tuple[int, int]], mismatched: bool, world_size: int, seed: int
+    lengths: list[tuple[int, int]], mismatched: bool, gold: bool, world_size: int, seed: int
 ) -> None:
     """Counted in the tokens of the batches themselves: distinct prompts as cut, and all completions."""
     prompts = [[i] * length for i, (length, _) in enumerate(lengths)]
     rows = [TokenizedRow(i, p, (9,) * c, True, f"f:{i}") for i, (p, c) in enumerate(lengths)]
+    if gold:
+        rows = [replace(x, gold=replace(x, completion=(8,) * (1 + i % 5))) if i % 3 else x for i, x in enumerate(rows)]
     options: Any = {"max_length": 12, "mismatched": mismatched, "seed": seed}
     examples = [(i,) for i in range(len(rows))]
     step = Step(0, 0, tuple(range(len(rows))))
