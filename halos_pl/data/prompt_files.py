@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from halos_pl.data.columns import prompt_in_context
 from halos_pl.data.example import DataError, Example, Prompt, short
 from halos_pl.data.formats import irregular
+from halos_pl.data.parsers import GOLD
 from halos_pl.data.prompts import TextPrompts, convention
 from halos_pl.data.schemas import SCHEMAS, of_other_schemas
 from halos_pl.data.source import Source
@@ -55,13 +56,15 @@ SEED = "seed"
 #: Columns with the line of the prompt in its file, and with the index of the answer if each has a row of its own.
 PROMPT_ROW, SAMPLE_INDEX = "prompt_row", "sample_index"
 
-#: Columns with answers to a prompt or judgements of them, which do not belong to newly sampled answers.
+#: Columns with answers to a prompt or judgements of them, which do not belong to newly sampled answers. A gold answer
+#: belongs to the prompt.
 ANSWERS = frozenset(
     name
     for schema in SCHEMAS.values()
     if "prompt" in schema.columns or schema.name == "implicit"
     for column in schema.columns
     for name in column.split("|")
+    if name not in GOLD
 ) - {"prompt"} | {"finished", SAME_TOKENS, LOGPROB, TOKEN_LOGPROBS, SEED, PROMPT_ROW, SAMPLE_INDEX, *OF_JUDGEMENTS}
 
 #: Schemas of sampled answers once they are labelled.
@@ -75,7 +78,7 @@ def kept_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
     another format.
     """
     kept = {name: value for name, value in columns.items() if name not in ANSWERS and name != "prompt"}
-    other = of_other_schemas(kept, _LABELLED)
+    other = of_other_schemas(kept, _LABELLED) - {*GOLD}
     return {name: value for name, value in kept.items() if name not in other}
 
 

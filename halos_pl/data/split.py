@@ -259,8 +259,9 @@ class Split:
     @property
     def row_tokens(self) -> NDArray[np.int64]:
         """Tokens of each row, prompt and completion together, and of its gold answer; int64 [n]."""
-        of_gold = np.where(self.gold_length > 0, self.prompt_length + self.gold_length, 0)
-        return self.prompt_length + self.completion_length + of_gold
+        of_gold = (self.gold_length > 0) * (self.prompt_length + self.gold_length)
+        tokens: NDArray[np.int64] = self.prompt_length + self.completion_length + of_gold
+        return tokens
 
     def tokens(self) -> Iterator[tuple[str, NDArray[np.int32]]]:
         """Name and token ids (prompt, control tokens, completion) of each row and each gold answer."""

@@ -95,8 +95,8 @@ class Sum(Objective):
     def compute_loss(self, rows: LogProbBatch, context: SumContext) -> Result:
         terms = self._objectives()
         parts = [part.context if isinstance(part, WithoutGold) else part for part in context.parts]
-        seen = self.seen_by_terms(rows)
-        results = [term.compute_loss(*each) for term, *each in zip(terms, seen, parts, strict=True)]
+        seen = zip(terms, self.seen_by_terms(rows), parts, strict=True)
+        results = [term.compute_loss(of_term, part) for term, of_term, part in seen]
         of_halo = next((r for r in results if r.outcomes is not None), None)
         return Result(
             loss=torch.stack([r.loss for r in results]).sum(),
