@@ -21,7 +21,8 @@ from halos_pl.data.source import Source
 def _sound(example: Example) -> None:
     assert example.completions
     assert len(example.completions) == len(example.labels) == len(example.scores)
-    assert not example.paired or example.labels == (True, False)
+    assert not example.paired or example.labels == (True, False, True)[: 2 + example.gold]
+    assert example.paired or not example.gold
     for text in (example.prompt, *example.completions):
         parts = [text] if isinstance(text, str) else [m[key] for m in text for key in ("role", "content")]
         assert "".join(parts).strip()
