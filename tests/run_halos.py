@@ -321,6 +321,14 @@ def one_of_each_kind(names: Iterable[str]) -> list[Any]:
     return params
 
 
+def one_for_each_need(names: Iterable[str]) -> list[Any]:
+    """The first objective of those that need the same data and models; the others belong to the slow suite."""
+    listed = json.loads((ROOT / "experiments/objectives.json").read_text(encoding="utf-8"))
+    needs = {row["name"]: tuple(row["needs"]) for row in listed}
+    first = {needs[name]: name for name in reversed([*names])}
+    return [pytest.param(name, marks=[] if name in first.values() else pytest.mark.slow) for name in names]
+
+
 def run_here(capfd: Any, words: list[str]) -> Ended:
     """One run in this process, and what it says on stderr."""
     from halos_pl.cli.main import main

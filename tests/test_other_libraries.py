@@ -61,10 +61,17 @@ def test_our_side_is_computed_again_where_a_library_is_missing(name):
 
 def test_each_row_names_a_place_and_the_first_of_ours_is_a_shipped_loss():
     for row in ROWS:
-        assert re.fullmatch(r"[\w/-]+\.py:\d+(-\d+)?", row.place), row.key
-        first, _, last = row.place.rpartition(":")[2].partition("-")
-        assert not last or int(first) < int(last), row.key
+        if row.code:
+            assert re.fullmatch(r"[\w-]+/[\w-]+@(v[\d.]+|[0-9a-f]{40})", row.code), row.key
+            assert re.fullmatch(r"[\w/-]+\.(py|yaml):\d+(-\d+)?", row.place), row.key
+            first, _, last = row.place.rpartition(":")[2].partition("-")
+            assert not last or int(first) < int(last), row.key
         assert all((ROOT / "experiments/objectives" / f"{ours.objective}.yaml").exists() for ours in row.ours), row.key
+
+
+def test_every_shipped_loss_has_a_row():
+    compared = {ours.objective for row in ROWS for ours in row.ours}
+    assert compared == {path.stem for path in (ROOT / "experiments/objectives").glob("*.yaml")}
 
 
 def test_every_function_of_a_library_is_in_the_table():
@@ -89,13 +96,21 @@ def test_the_batch_reaches_every_branch():
     assert (u < 0).any()
     assert (batch.margin(batch.logp) > 1.1).any()
     assert (batch.margin(batch.logp) < 0).any()
-    ratio = batch.ratio[batch.train][batch.mask[batch.train]]
+    mask = batch.mask[batch.train]
+    ratio = batch.ratio[batch.train][mask]
     assert (ratio < -1).any()
     assert (ratio > 1.5).any()
     assert (ratio == 0).sum() == 1
     assert ((ratio.exp() > 0.8) & (ratio.exp() < 1.2)).any()
     losers = batch.labels.score[batch.train] < 0
     assert (batch.ratio[batch.train][losers] > 1.5).any()
+    assert (ratio[losers[:, None].expand_as(mask)[mask]].exp() > 4).any()
+    moved = (batch.policy.exp() - batch.reference.exp())[batch.train][mask]
+    assert (moved > 0.1).any()
+    assert (moved < -0.2).any()
+    per_token = batch.margin(batch.logp / batch.length)
+    assert (per_token > -0.1).any()
+    assert (per_token < -0.1).any()
     assert (batch.length[batch.good] != batch.length[batch.bad]).all()
     assert len(set(batch.margin(batch.labels.score).tolist())) == PAIRS
 

@@ -109,7 +109,8 @@ def work_of(config: Any) -> fake.Work:
     )
 
 
-@pytest.mark.parametrize("vocabulary", [64, *(pytest.param(size, marks=pytest.mark.slow) for size in (1024, 4096))])
+@pytest.mark.slow
+@pytest.mark.parametrize("vocabulary", [64, 1024, 4096])
 def test_a_deep_model_needs_what_its_layers_need(vocabulary: int) -> None:
     """The memory computed from two and three layers is that of a run through all of them, part by part.
 
@@ -278,6 +279,7 @@ def test_micro_batches_and_checkpointing_save_activations() -> None:
     assert kept(True, 1) < kept(False, 1)
 
 
+@pytest.mark.slow
 def test_the_smallest_layout_grows_as_cards_shrink() -> None:
     run = settings_of(batch_size=4)
     planner, rows = Planner(run), assumed_rows(run, 200, "")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning import Callback
 from policy_steps import PARTS, batch, module
-from run_halos import OBJECTIVES, ROOT, one_of_each_kind, quiet_trainer
+from run_halos import OBJECTIVES, ROOT, every_third, one_for_each_need, quiet_trainer
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -143,7 +143,7 @@ SETUPS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("objective", PARTS)
-@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("setup", every_third(SETUPS))
 def test_every_reward_is_exactly_zero_at_the_start(setup, objective, tiny_folder, tiny_gpt2_folder):
     """Same kernels, same shapes, no dropout: GPT-2 has a dropout of 0.1 unless it is switched off."""
     for folder in (tiny_folder, tiny_gpt2_folder):
@@ -183,7 +183,7 @@ def test_the_split_does_not_change_the_step(objective, clip, tiny_folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", one_of_each_kind(OBJECTIVES))
+@pytest.mark.parametrize("name", one_for_each_need(OBJECTIVES))
 def test_the_split_does_not_change_the_step_of_any_objective_file(name, tiny_folder):
     """At the second step, when rewards are no longer 0. A plug-in that needs the whole step gets it."""
     results = {}

@@ -58,6 +58,7 @@ def finished(tmp_path_factory, tiny_folder) -> tuple[Path, list[str]]:
     return folder, words
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_saves_resumes_bit_for_bit(finished, tmp_path):
     """Rank 0 dies while it writes the last file of the second checkpoint."""
     folder, words = finished

@@ -16,9 +16,13 @@ def smoothed(x: Tensor, epsilon: float = 0.0) -> Tensor:
 
 def kto_of_rows(batch: Batch, r: Tensor, z0: Tensor, beta: float, desirable: float, undesirable: float) -> Tensor:
     """[2 * pairs], w (1 - sigmoid(beta u)) of desirable, w (1 - sigmoid(-beta u)) of undesirable rows; u = r - z0."""
-    good = desirable * (1 - torch.sigmoid(beta * (r[batch.good] - z0)))
-    bad = undesirable * (1 - torch.sigmoid(beta * (z0 - r[batch.bad])))
-    return torch.cat([good, bad])
+    weight = torch.where(batch.labels.desirable[batch.train], desirable, undesirable)
+    return weight * (1 - torch.sigmoid(beta * reflected(batch, r - z0)))
+
+
+def reflected(batch: Batch, u: Tensor) -> Tensor:
+    """[2 * pairs], u of chosen and -u of rejected rows; ``u`` is [n]."""
+    return torch.cat([u[batch.good], -u[batch.bad]])
 
 
 def odds(mean_logp: Tensor) -> Tensor:
@@ -26,9 +30,9 @@ def odds(mean_logp: Tensor) -> Tensor:
     return mean_logp - torch.log1p(-torch.exp(mean_logp))
 
 
-def clipped(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """-min(A p, A clip(p, 1 - clip, 1 + clip)) for ratios p; A is a column."""
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+def clipped(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    """-min(A p, A clip(p, 1 - low, 1 + high)) for ratios p; A is a column."""
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
 def standardised(batch: Batch, *, correction: int, eps: float) -> Tensor:
@@ -39,6 +43,12 @@ def standardised(batch: Batch, *, correction: int, eps: float) -> Tensor:
         of = group == prompt
         found[of] = (score[of] - score[of].mean()) / (score[of].std(correction=correction) + eps)
     return found
+
+
+def of_prompts(batch: Batch) -> list[Tensor]:
+    """The rows of each prompt that have a loss, long [rows of the prompt] each."""
+    group = batch.labels.group[batch.train]
+    return [batch.train[group == prompt] for prompt in group.unique()]
 
 
 def centred(batch: Batch) -> Tensor:

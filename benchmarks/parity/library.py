@@ -12,14 +12,14 @@ class Library:
 
     Attributes:
         title: its name.
-        repository: owner and name on GitHub.
-        revision: commit, or tag of a release, that files and lines refer to.
+        repository: owner and name on GitHub; empty if each row names another one.
+        revision: commit, or tag of a release, that files and lines refer to; empty without a repository.
         package, version: distribution and version that is called; empty where the formula is written out instead.
     """
 
     title: str
-    repository: str
-    revision: str
+    repository: str = ""
+    revision: str = ""
     package: str = ""
     version: str = ""
 
@@ -39,10 +39,10 @@ class Library:
             return f"{self.package} {self.version} is not installed"
         return "" if found == self.version else f"{self.package} {found} is installed, not {self.version}"
 
-    def link(self, place: str) -> str:
-        """Address of ``FILE:LINE`` or ``FILE:FIRST-LAST``."""
-        file, _, lines = place.partition(":")
-        first, _, last = lines.partition("-")
-        return f"https://github.com/{self.repository}/blob/{self.revision}/{file}#L{first}" + (
-            f"-L{last}" if last else ""
-        )
+
+def link(code: str, place: str) -> str:
+    """Address of ``FILE:LINE`` or ``FILE:FIRST-LAST`` in the repository ``OWNER/NAME@REVISION``."""
+    repository, _, revision = code.partition("@")
+    file, _, lines = place.partition(":")
+    first, _, last = lines.partition("-")
+    return f"https://github.com/{repository}/blob/{revision}/{file}#L{first}" + (f"-L{last}" if last else "")

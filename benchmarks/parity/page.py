@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from parity.batch import PAIRS, fixed_batch
+from parity.library import link
 from parity.table import Ours, Row, headings, libraries
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,9 @@ in the log-prob of every token. Constants are those of our files, such as β = 0
   difference of the gradients as a share of the norm of ours.
 
 *Measured* rows call the library's own code. *By formula*, the formula was written out from the file and lines that the
-row links to. The first objective in a row is the one that has the loss's name.
+row links to, or from a paper where no code was read. The first objective in a row is the one that has the loss's name.
+To add a row, write an entry in `benchmarks/parity/table.yaml` and, if the library is not called, its formula in
+`benchmarks/parity/libraries/`; then run `make parity`.
 
 | library | code | how known |
 |---|---|---|
@@ -96,6 +99,8 @@ def _objectives() -> list[dict[str, Any]]:
 
 def _library(name: str) -> str:
     library = libraries()[name]
+    if not library.repository:
+        return f"| {library.title} | repositories that are named in the rows, and papers | by formula |"
     how = f"measured, version {library.version}" if library.called else "by formula"
     revision = library.revision if library.called else library.revision[:10]
     tree = f"https://github.com/{library.repository}/tree/{library.revision}"
@@ -115,9 +120,10 @@ def _line(row: Row, numbers: Mapping[str, Any]) -> str:
     library = libraries()[row.library]
     compared = [_compared(ours, found) for ours, found in zip(row.ours, numbers["against"], strict=True)]
     lengths = row.lengths if isinstance(row.lengths, str) else _yes(row.lengths)
-    place = f"[`{row.place.rpartition('/')[2]}`]({library.link(row.place)})"
+    owner = library.title if library.repository else row.repository.partition("@")[0] or "Paper"
+    how = "measured" if library.called else "by formula"
     cells = [
-        f"**{library.title}** {row.name}<br>{'measured' if library.called else 'by formula'}: {place}",
+        f"**{owner}** {row.name}<br>{how}: {_source(row)}",
         f"`{row.formula}`" + (f"<br>{row.note}" if row.note else ""),
         row.mean,
         lengths,
@@ -125,6 +131,12 @@ def _line(row: Row, numbers: Mapping[str, Any]) -> str:
         "<br>".join(compared),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _source(row: Row) -> str:
+    if not row.code:
+        return f"{row.place}; code not read"
+    return f"[`{row.place.rpartition('/')[2]}`]({link(row.code, row.place)})"
 
 
 def _yes(answer: bool) -> str:

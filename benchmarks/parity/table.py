@@ -58,7 +58,8 @@ class Row:
         mean: what the loss is a mean over.
         lengths: whether log-probs are divided by a completion's length.
         ours: objectives of ours that it is compared with; the first is the one that has its name.
-        place: file and lines in the library's repository.
+        place: file and lines in the repository; of a row without one, the paper and the equation.
+        repository: ``OWNER/NAME@REVISION`` of the code, if it is not the library's.
         note: what the numbers do not say; empty for nothing.
         later: whether an earlier step has been taken, on half of the rows.
     """
@@ -69,10 +70,11 @@ class Row:
     function: str
     formula: str
     mean: str
-    lengths: bool
+    lengths: bool | str
     ours: tuple[Ours, ...]
     place: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    repository: str = ""
     note: str = ""
     later: bool = False
 
@@ -80,6 +82,12 @@ class Row:
     def key(self) -> str:
         """Name of the row, which no other has."""
         return f"{self.loss} | {self.library} | {self.name}"
+
+    @property
+    def code(self) -> str:
+        """``OWNER/NAME@REVISION`` that ``place`` is in; empty if the code was not read."""
+        library = libraries()[self.library]
+        return self.repository or (f"{library.repository}@{library.revision}" if library.repository else "")
 
     def theirs(self, after: Batch | None) -> Callable[[Batch], Tensor]:
         """The library's loss on a batch."""

@@ -6,6 +6,7 @@ options, wherever they are on the command line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,19 @@ def check_files(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
 def config_files(words: Sequence[Any]) -> list[str]:
     """The config files among expanded words."""
     return [str(word).partition("=")[2] for word in words if str(word).startswith("--config=")]
+
+
+def placed(message: str, words: Sequence[Any]) -> str:
+    """A message about an option, with file and line before the option if a config file of the user's sets it."""
+    named = re.search(r"(?:error: |does not accept option ')(?P<key>\w+(?:\.\w+)+)", message)
+    if named is None or any(str(word).startswith(f"--{named['key']}") for word in words):
+        return message  # the command line may be at fault
+    for path in reversed(config_files(words)):
+        if Path(path).is_file() and not is_shipped(path):
+            line = read_config(path)[1].get(tuple(named["key"].split(".")))
+            if line is not None:
+                return message.replace("error: ", f"error: {path}:{line}: ", 1)
+    return message
 
 
 def refuse_moved(words: Any, run_dir: Path) -> None:

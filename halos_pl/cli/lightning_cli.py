@@ -24,7 +24,7 @@ from halos_pl.cli.checked_settings import (
     refused_trainer,
 )
 from halos_pl.cli.class_names import prefer_torch
-from halos_pl.cli.configs import config_files, expanded, refuse_moved
+from halos_pl.cli.configs import config_files, expanded, placed, refuse_moved
 from halos_pl.cli.errors import RunError, described, user_errors
 from halos_pl.cli.held_lines import HeldLines
 from halos_pl.cli.help_page import COMMANDS, EPILOG
@@ -72,6 +72,11 @@ prefer_torch()
 class TrainerParser(HalosParser, LateDefaults):
     """The parser of a Trainer command."""
 
+    words: Sequence[str] = ()
+
+    def placed(self, line: str) -> str:
+        return placed(line, self.words)
+
 
 class HalosCLI(LightningCLI):
     """LightningCLI for :class:`HALOModule` and :class:`FeedbackDataModule`, with one folder per run.
@@ -115,7 +120,7 @@ class HalosCLI(LightningCLI):
                 "epilog": EPILOG,
                 **({name: {"description": COMMANDS[name]} for name in self.subcommands()} if run else {}),
             },
-            parser_class=TrainerParser,
+            parser_class=type("TrainerParser", (TrainerParser,), {"words": self._words}),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # hyper-parameters are in config.yaml, not in checkpoints
             trainer_class=NotingTrainer,

@@ -94,7 +94,11 @@ class HalosParser(ArgumentParser):
         elif "for --print_config" in fault:
             fault += "; it takes comments, skip_default, skip_null"
         # Without the usage, which fills a screen and would push the error off it.
-        raise UsageError(f"{command}: error: {plain(fault)}") from ex
+        raise UsageError(self.placed(f"{command}: error: {plain(fault)}")) from ex
+
+    def placed(self, line: str) -> str:
+        """The line of an error, with the place of the option in a config file if the parser knows it."""
+        return line
 
 
 def _without_name(parser: ArgumentParser) -> list[str]:

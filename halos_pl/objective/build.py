@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -165,7 +166,7 @@ def load_objective(path: str | Path, changes: Mapping[str, Any] | None = None) -
     _check_keys(path, content, lines)
     parts: dict[str, Any] = {name: value for name, value in content["model"].items() if name in OF_THE_OBJECTIVE}
     for key, value in (changes or {}).items():
-        _change(parts, key, value)
+        _change(parts, key, deepcopy(value))
     try:
         if not is_shipped(path):
             import_own(parts, KINDS)

@@ -370,6 +370,20 @@ def test_a_wrong_option_is_told_in_a_line(
     assert not list((place / "run").rglob("*"))
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["trainer: {max_stepz: 3}", "trainer: {max_steps: x}", "model: {value_function: {init_args: {gama: 1}}}"],
+)
+def test_a_wrong_setting_of_a_config_is_told_with_its_line(
+    setting: str, place: Path, tiny_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    section, key = re.findall(r"\w+(?=: )", setting)[:2]
+    (place / "own.yaml").write_text(f"# own\n{section}:\n\n  {setting.partition('{')[2].removesuffix('}')}\n")
+    words = fit(tiny_folder, "kto", place / "rows.jsonl", place / "run")
+    words = [word for word in words if not word.startswith(f"--{section}.{key}")]
+    assert "own.yaml:4: " in refused([*words, "--config=own.yaml"], capfd)
+
+
 @pytest.mark.parametrize("word", ["--trainer.max_steps=x", "--seed_everything=-1", "--nope", "--checkpoint=last"])
 def test_the_first_rank_of_a_machine_speaks_for_all(
     word: str, place: Path, tiny_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

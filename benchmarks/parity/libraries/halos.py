@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from parity.batch import PROMPT, Batch
-from parity.formulas import clipped, kto_of_rows, of_tokens, smoothed, standardised
+from parity.formulas import clipped, kto_of_rows, of_tokens, reflected, smoothed, standardised
 from parity.library import Library
 
 LIBRARY = Library("HALOs", "ContextualAI/HALOs", "4831988636b4cbc1c30c0bce78df568cf0f8103b")
@@ -74,7 +74,7 @@ def grpo(batch: Batch, *, beta: float = 0.04, epsilon: float = 0.2, humanline: b
     ratio = batch.ratio[batch.train]
     kept = ratio.clamp(-1.0, 1.5) if humanline else ratio
     advantage = standardised(batch, correction=0, eps=1e-2)[:, None]
-    return of_tokens(batch, clipped(kept.exp(), advantage, epsilon) + beta * (torch.exp(-ratio) + ratio - 1))
+    return of_tokens(batch, clipped(kept.exp(), advantage, epsilon, epsilon) + beta * (torch.exp(-ratio) + ratio - 1))
 
 
 def bradley_terry(batch: Batch) -> Tensor:
@@ -86,3 +86,22 @@ def bradley_terry(batch: Batch) -> Tensor:
 def sft(batch: Batch) -> Tensor:
     """``SFTTrainer``."""
     return -batch.policy[batch.good].sum() / batch.mask[batch.good].sum()
+
+
+def dpo_sigmoid(batch: Batch, *, beta: float = 0.1) -> Tensor:
+    """``DPOSigmoidTrainer`` of the branch legacy."""
+    return -torch.sigmoid(beta * batch.margin(batch.r)).mean()
+
+
+def kto_legacy(batch: Batch, *, variant: str, beta: float = 0.1) -> Tensor:
+    """``KTOZeroTrainer``, ``KTOLogSigmoidTrainer`` or ``KTOSurprisalTrainer`` of the branch legacy."""
+    r = batch.logp / batch.length if variant == "surprisal" else batch.r
+    mean = r[batch.mismatched].mean().detach()
+    z0 = {"zero": torch.zeros_like(mean), "log_sigmoid": mean.clamp(min=0), "surprisal": mean}[variant]
+    gain = beta * reflected(batch, r - z0)
+    return (-logsigmoid(gain) if variant == "log_sigmoid" else 1 - torch.sigmoid(gain)).mean()
+
+
+def csft(batch: Batch) -> Tensor:
+    """``SFTTrainer`` and ``ConditionalSFTDataLoader`` of the branch legacy: a sum over tokens, a mean over rows."""
+    return -batch.logp[batch.train].mean()

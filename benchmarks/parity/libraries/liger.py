@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from parity.batch import PROMPT, Batch
+from parity.formulas import standardised, thumbs
 from parity.library import Library
 
 LIBRARY = Library("Liger-Kernel", "linkedin/Liger-Kernel", "v0.8.5", package="liger-kernel", version="0.8.5")
@@ -82,3 +83,14 @@ def orpo(batch: Batch, *, beta: float = 0.1) -> Tensor:
 
     hidden, labels = _hidden(batch)
     return _first(LigerFusedLinearORPOLoss(beta=beta, compiled=False)(torch.eye(2), hidden, labels))
+
+
+def grpo(batch: Batch, *, advantage: str = "ours", **constants: Any) -> Tensor:
+    """``LigerFusedLinearGRPOLoss``, which is given advantages: ours, or +1 and -1; the reference is the old policy."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    rows, mask, head = batch.train, batch.mask[batch.train].long(), torch.eye(2)
+    of_rows = {"ours": standardised(batch, correction=0, eps=1e-2), "thumbs": thumbs(batch)}[advantage]
+    before = {"ref_per_token_logps": batch.reference[rows], "old_per_token_logps": batch.reference[rows]}
+    loss = LigerFusedLinearGRPOLoss(compiled=False, **constants)
+    return _first(loss(_hidden(batch)[0], head, torch.ones_like(mask), mask, of_rows, **before))

@@ -50,7 +50,7 @@ def grpo(batch: Batch, *, advantage: str = "centered", clip: float = 0.2) -> Ten
         "standard": standardised(batch, correction=0, eps=1e-8),
         "thumbs": thumbs(batch),
     }
-    return of_tokens(batch, clipped(batch.ratio[batch.train].exp(), of_rows[advantage][:, None], clip))
+    return of_tokens(batch, clipped(batch.ratio[batch.train].exp(), of_rows[advantage][:, None], clip, clip))
 
 
 def reward_model(batch: Batch) -> Tensor:

@@ -46,7 +46,7 @@ def policy(batch: Batch, *, group_norm: bool = True, token_level: bool = True, k
     """``PolicyLoss`` of type ``ppo``, with advantages of ``group_norm`` or +1 and -1, and a KL loss (``k3``)."""
     advantage = standardised(batch, correction=1, eps=1e-9) if group_norm else thumbs(batch)
     ratio = batch.ratio[batch.train]
-    of_each = clipped(ratio.clamp(-20, 20).exp(), advantage[:, None], 0.2)
+    of_each = clipped(ratio.clamp(-20, 20).exp(), advantage[:, None], 0.2, 0.2)
     of_each = of_each + kl * (torch.exp(-ratio) - 1 + ratio).clamp(-10, 10)
     if token_level:
         return of_tokens(batch, of_each)
@@ -56,5 +56,4 @@ def policy(batch: Batch, *, group_norm: bool = True, token_level: bool = True, k
 def gspo(batch: Batch, *, low: float, high: float) -> Tensor:
     """``PolicyLoss`` of type ``gspo``, with advantages of ``group_norm`` and no KL loss."""
     advantage = standardised(batch, correction=1, eps=1e-9)
-    ratio = (batch.r / batch.length)[batch.train].exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage).mean()
+    return clipped((batch.r / batch.length)[batch.train].exp(), advantage, low, high).mean()

@@ -52,8 +52,7 @@ class GroupAdvantage(Feedback):
         self.only, self.scale, self.denominator = only, scale, denominator
 
     def forward(self, rows: LogProbBatch) -> Judgement:
-        kept, score, group = rows.labels.train, rows.labels.score, rows.labels.group
-        same = ((group[:, None] == group[None, :]) & kept).float()  # [n, n], columns of mismatched rows are 0
+        kept, score, same = rows.labels.train, rows.labels.score, rows.labels.same_prompt.float()
         count = same.sum(dim=1).clamp(min=1)
         # Differences first: of equal scores, they are exactly 0.
         above = (same * (score[:, None] - score[None, :])).sum(dim=1) / count

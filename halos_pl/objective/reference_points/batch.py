@@ -70,8 +70,7 @@ class LeaveOneOut(ReferencePoint):
     needs = Needs(step_rewards=True, groups=True)
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
-        other = (rows.labels.group[:, None] == rows.labels.group[None, :]) & rows.labels.train
-        other &= ~torch.eye(len(rows), dtype=torch.bool, device=rewards.device)
+        other = rows.labels.same_prompt & ~torch.eye(len(rows), dtype=torch.bool, device=rewards.device)
         rewards = rewards.detach()
         weight = other.to(rewards)
         count = weight.sum(dim=1)
