@@ -85,7 +85,7 @@ WORKLOADS = {
     "kto_pairs": Workload("KTO, 4 pairs with both rows in the step, live reference", "kto", "first"),
     "kto_next_pairs": Workload("KTO, the next 4 pairs with both rows in the step, live reference", "kto", "next"),
     "kto_scored": Workload("KTO, 2 prompts of 512 tokens x 4 completions of 64, live reference", "kto", "scored"),
-    "kto_sixteen": Workload("KTO, 2 prompts of 128 tokens x 16 completions of 32, live reference", "kto", "sixteen"),
+    "kto_sixteen": Workload("KTO, 2 prompts of 96 tokens x 16 completions of 24, live reference", "kto", "sixteen"),
     "kto_long": Workload("KTO, 4 prompts of 512 tokens, completions of 64, live reference", "kto", "long"),
     "kto_lora": Workload("KTO, 8 rows, LoRA r = 16, adapter-off reference", "kto", "more", lora=True),
     "dpo_live": Workload("DPO, 4 pairs, live reference", "dpo", "first"),
@@ -100,7 +100,7 @@ WORKLOADS = {
 }
 #: Numbers of prompts and rows, and the lengths of both in tokens. Four long rows: with eight, TRL's side runs out of
 #: memory on a machine with 24 GB.
-SHAPES = {"scored": (2, 8, 512, 64), "sixteen": (2, 32, 128, 32), "long": (4, 4, 512, 64)}
+SHAPES = {"scored": (2, 8, 512, 64), "sixteen": (2, 32, 96, 24), "long": (4, 4, 512, 64)}
 SHORT = ["kto_live", "kto_stored", "dpo_live"]
 
 

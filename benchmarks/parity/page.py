@@ -25,7 +25,7 @@ hide: [toc]
 Losses of the same name are often different losses. This page compares losses of other libraries with [our
 objectives](objectives.md) on the same {pairs} pairs and {mismatched} mismatched rows: the losses, and their gradients
 in the log-prob of every token. Constants are those of our files, such as β = 0.1, unless a row states another one.
-`make parity` computes everything again.
+`make parity` recomputes everything.
 
 - **equal**: loss and gradient are equal up to rounding.
 - **offset**: the gradient is equal, and the losses differ by a constant or by a part without gradient. Training is the
