@@ -272,6 +272,11 @@ def rows(
     return replace(made, labels=replace(made.labels, group=group, score=score))
 
 
+def rows_for(name: str, pairs: int = 4, mismatched: int = 2, **options: Any) -> LogProbBatch:
+    """As :func:`rows`, with gold answers for a loss that has them."""
+    return rows(pairs, mismatched, gold=min(3, pairs) if LOSSES[name].data == "triples" else 0, **options)
+
+
 def as_step(rows: LogProbBatch, policy: torch.Tensor) -> Step:
     reference, scalar, labels = rows.reference_logps, rows.scalar, rows.labels
     assert reference is not None

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from family_runs import FILES, FOLDER, Rescorer, assert_equals_formula, assert_the_formulas, rows, run
+from family_runs import FILES, FOLDER, Rescorer, assert_equals_formula, assert_the_formulas, rows_for, run
 from family_runs import objective as parsed
 from formulas import LOSSES
 from newer_formulas import OLDER
@@ -106,8 +106,8 @@ def test_the_formula_says_every_number_of_the_file(objective):
     model.pop("reference_model", None)  # how it moves shows over steps only
     if model["reward"] is None:
         model.pop("loss_offset")  # of a HALO that is not there
-    gold = 3 if LOSSES[objective].data == "triples" else 0
-    tried = [rows(gold=gold, seed=seed, scale=3.0) for seed in range(4)] + [rows(gold=gold, seed=4, scale=8.0)]
+    tried = [rows_for(objective, seed=seed, scale=3.0) for seed in range(4)]
+    tried.append(rows_for(objective, seed=4, scale=8.0))
     if LOSSES[objective].data == "rows":  # one class has more than the other, or their z0 may cancel
         tried = [each.select(torch.arange(1, len(each))) for each in tried]
     for each in tried:

@@ -23,6 +23,7 @@ from family_runs import (
     assert_the_formulas,
     objective,
     rows,
+    rows_for,
     run,
 )
 from formulas import LOSSES
@@ -64,7 +65,7 @@ def rescorer(tiny_folder):
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_defect_4_a_log_ratio_of_zero_is_no_padding(name, share):
     """0 is what every token's log-ratio is at the start: a value, not a mask."""
-    made = rows(seed=4)
+    made = rows_for(name, seed=4)
     same = torch.rand(made.mask.shape, generator=torch.Generator().manual_seed(0)) < share
     reference = torch.where(same & made.mask, made.policy_logps.detach(), made.reference_logps)
     assert_equals_formula(name, dataclasses.replace(made, reference_logps=reference))
@@ -73,7 +74,7 @@ def test_defect_4_a_log_ratio_of_zero_is_no_padding(name, share):
 @pytest.mark.parametrize("name", [name for name in FILES if name != "unlikelihood"])
 def test_defect_4_a_log_prob_of_zero_is_no_padding(name):
     """So is the log-prob of a token that the policy is certain of. (Its unlikelihood is infinite.)"""
-    made = rows(seed=4)
+    made = rows_for(name, seed=4)
     certain = torch.zeros_like(made.mask)
     certain[:, 0] = made.mask.sum(1) > 1
     policy = torch.where(certain, 0.0, made.policy_logps.detach())
@@ -86,7 +87,7 @@ def test_defect_4_a_log_prob_of_zero_is_no_padding(name):
 )
 def test_defect_5_nothing_broadcasts(name, pairs, mismatched, tokens):
     """As many tokens as rows, train rows, mismatched rows or pairs: where a wrong shape would pass without a word."""
-    assert_equals_formula(name, rows(pairs, mismatched, seed=5, tokens=tokens))
+    assert_equals_formula(name, rows_for(name, pairs, mismatched, seed=5, tokens=tokens))
 
 
 @fits(WITH_REFERENCE)
@@ -151,7 +152,7 @@ def test_defect_6_label_smoothing_counts(name):
     if name == "robust_dpo":
         expected = (0.7 * loss(0.0) - 0.3 * other) / (1 - 2 * 0.3)
     assert loss(0.3) == pytest.approx(expected, rel=1e-6)
-    assert abs(loss(0.3) - loss(0.0)) > 1e-3
+    assert abs(loss(0.3) - loss(0.0)) > 1e-4
 
 
 def weights_of(model: Any, place: tuple = ()) -> Iterator[tuple]:
@@ -183,7 +184,7 @@ def test_defect_7_an_explicit_zero_is_zero(name, place):
     """And not "nothing said, so 1": at 0 the loss is what it is next to 0."""
     if place[-1] in LOSSES[name].idle:
         pytest.skip("it does not change the loss")
-    made = rows(seed=7)
+    made = rows_for(name, seed=7)
     at_zero = with_weight(name, place, 0.0)(made).loss.item()
     assert at_zero == pytest.approx(with_weight(name, place, 1e-9)(made).loss.item(), rel=1e-8, abs=1e-6)
     assert abs(at_zero - with_weight(name, place, 0.4)(made).loss.item()) > 1e-4
@@ -197,11 +198,13 @@ def test_defect_8_a_step_in_parts_is_the_whole_step(name, tiny_folder, data, res
     assert_the_formulas(name, steps, rescorer)
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name in LOSSES and not LOSSES[name].data.endswith("pairs")])
+@pytest.mark.parametrize(
+    "name", [name for name in FILES if name in LOSSES and not LOSSES[name].data.endswith(("pairs", "triples"))]
+)
 @pytest.mark.parametrize("desirable", [True, False])
 def test_defect_9_a_step_of_one_class_is_defined(name, desirable):
     """No 0 / 0: neither in the loss nor in its slope."""
-    made = rows(seed=9)
+    made = rows_for(name, seed=9)
     one = made.select(((made.labels.desirable == desirable) | made.labels.mismatched).nonzero().squeeze(1))
     logps = one.policy_logps.detach().requires_grad_()
     loss = objective(name)(dataclasses.replace(one, policy_logps=logps)).loss
@@ -243,7 +246,7 @@ def test_defect_15_state_of_a_loss_is_in_the_checkpoint(name, tiny_folder, data,
 @every_file
 def test_defect_15_no_other_loss_has_state(name):
     """Whatever a step leaves behind in an objective is in its state dict, and only where the formula says so."""
-    made, first, second = objective(name), rows(seed=1), rows(seed=2)
+    made, first, second = objective(name), rows_for(name, seed=1), rows_for(name, seed=2)
     fresh = made(second).loss.item()
     made(first)
     again = made(second).loss.item()
