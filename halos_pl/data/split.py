@@ -100,10 +100,10 @@ class Split:
                 " data with "
                 + ("chosen_score and rejected_score, or with a margin" if needs.pairs else "a score of each completion")
             )
-        table = self._with_gold(table, needs)
         if not (needs.pairs or needs.undesirable):
             self._count(table, table.label == 0, "dropped_undesirable")
             table = table.select(table.label != 0)
+        table = self._with_gold(table, needs)
         length = table.of_rows("length").astype(np.int64)
         gold, gold_length = table.gold_answers, _length_of_gold(table)
         too_long = (np.maximum(length, gold_length) > room) & (not truncate_completions)
@@ -152,24 +152,32 @@ class Split:
         self.examples = self._examples(together)
 
     def _with_gold(self, table: Table, needs: Needs) -> Table:
-        """The table with the gold answer of a pair at its desirable row; without gold answers if none are needed.
+        """The table with each gold answer at one row of its example; without gold answers if none are needed.
+
+        Transforms may have exchanged the labels of the example's rows, dropped or copied one of them, or paired it with
+        another: a gold answer stays at the first desirable row, or else at the first.
 
         Raises:
-            DataError: the objective needs gold answers, and a desirable row has none.
+            DataError: the objective needs gold answers, and a row comes from an example without one.
         """
         if not needs.gold:
             self._count(table, table.gold >= 0, "dropped_gold")
             return replace(table, gold=np.full(len(table), -1))
-        # A transform may have exchanged the labels of the pair.
-        paired, gold = table.pair >= 0, table.gold.copy()
-        of_pair = np.maximum(gold, table.gold[table.pair])[paired]
-        gold[paired] = np.where(table.label[paired] == 1, of_pair, -1)
-        lacking = ((table.label == 1) & (gold < 0)).nonzero()[0]
-        if len(lacking):
+        of_example = np.full(len(table), -1, np.int64)
+        for i, store in enumerate(table.stores):
+            gold, pair = store.rows["gold"], store.rows["pair"]
+            either = np.where((gold < 0) & (pair >= 0), gold[pair], gold)
+            of_example[table.source == i] = either[table.row[table.source == i]]
+        if (lacking := of_example < 0).any():
             raise DataError(
-                f"{table.name(int(lacking[0]))}: the objective uses gold answers, but this row has none; use data with"
-                " the columns prompt, chosen, rejected and reference (the gold answer)"
+                f"{table.name(int(lacking.argmax()))}: the objective uses gold answers, but this row has none; use data"
+                " with the columns prompt, chosen, rejected and reference (the gold answer)"
             )
+        order = np.lexsort((table.label != 1, of_example, table.source))
+        first = np.ones(len(table), bool)
+        first[1:] = (np.diff(table.source[order]) != 0) | (np.diff(of_example[order]) != 0)
+        gold = np.full(len(table), -1, np.int64)
+        gold[order[first]] = of_example[order[first]]
         return replace(table, gold=gold)
 
     def check_groups(self) -> None:
