@@ -116,17 +116,27 @@ def config_files(words: Sequence[Any]) -> list[str]:
     return [str(word).partition("=")[2] for word in words if str(word).startswith("--config=")]
 
 
-def placed(message: str, words: Sequence[Any]) -> str:
-    """A message about an option, with file and line before the option if a config file of the user's sets it."""
+def placed(message: str, words: Sequence[Any], folder: Path) -> str:
+    """A message about an option, with file and line before the option if only one file of the user's can be at fault.
+
+    Args:
+        message: the message, which names the option after ``error:``.
+        words: expanded words of the command.
+        folder: working folder of the command; the parser reads each file in the file's own folder.
+    """
     named = re.search(r"(?:error: |does not accept option ')(?P<key>\w+(?:\.\w+)+)", message)
-    if named is None or any(str(word).startswith(f"--{named['key']}") for word in words):
-        return message  # the command line may be at fault
-    for path in reversed(config_files(words)):
-        if Path(path).is_file() and not is_shipped(path):
-            line = read_config(path)[1].get(tuple(named["key"].split(".")))
-            if line is not None:
-                return message.replace("error: ", f"error: {path}:{line}: ", 1)
-    return message
+    key = named["key"] if named else ""
+    others = [str(word).partition("=")[0].removeprefix("--") for word in words if str(word).startswith("--")]
+    shorter = re.sub(r"\.(class_path|init_args)\b", "", key)
+    # The command line may be at fault, too, if it sets the option or what contains it.
+    if not key or any(re.match(rf"{re.escape(other)}(\.|$)", k) for other in others for k in (key, shorter)):
+        return message
+    places = []
+    for path in map(Path, config_files(words)):
+        if (folder / path).is_file() and not is_shipped(path):
+            line = read_config(folder / path)[1].get(tuple(key.split(".")))
+            places += [f"{path}:{line}"] if line is not None else []
+    return message.replace("error: ", f"error: {places[0]}: ", 1) if len(places) == 1 else message
 
 
 def refuse_moved(words: Any, run_dir: Path) -> None:

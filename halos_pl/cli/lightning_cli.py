@@ -73,9 +73,10 @@ class TrainerParser(HalosParser, LateDefaults):
     """The parser of a Trainer command."""
 
     words: Sequence[str] = ()
+    folder = Path()
 
     def placed(self, line: str) -> str:
-        return placed(line, self.words)
+        return placed(line, self.words, self.folder)
 
 
 class HalosCLI(LightningCLI):
@@ -120,7 +121,7 @@ class HalosCLI(LightningCLI):
                 "epilog": EPILOG,
                 **({name: {"description": COMMANDS[name]} for name in self.subcommands()} if run else {}),
             },
-            parser_class=type("TrainerParser", (TrainerParser,), {"words": self._words}),
+            parser_class=type("TrainerParser", (TrainerParser,), {"words": self._words, "folder": Path.cwd()}),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # hyper-parameters are in config.yaml, not in checkpoints
             trainer_class=NotingTrainer,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -382,6 +383,13 @@ def test_a_wrong_setting_of_a_config_is_told_with_its_line(
     words = fit(tiny_folder, "kto", place / "rows.jsonl", place / "run")
     words = [word for word in words if not word.startswith(f"--{section}.{key}")]
     assert "own.yaml:4: " in refused([*words, "--config=own.yaml"], capfd)
+    (place / "in").mkdir()
+    shutil.move(place / "own.yaml", place / "in")
+    assert " in/own.yaml:4: " in refused([*words, "--config=in/own.yaml"], capfd)
+    # Two files, or the command line, may be at fault.
+    (place / "own.yaml").write_text((place / "in/own.yaml").read_text())
+    assert "own.yaml" not in refused([*words, "--config=own.yaml", "--config=in/own.yaml"], capfd)
+    assert "own.yaml" not in refused([*words, "--config=own.yaml", f"--{section}.{key}=x"], capfd)
 
 
 @pytest.mark.parametrize("word", ["--trainer.max_steps=x", "--seed_everything=-1", "--nope", "--checkpoint=last"])
