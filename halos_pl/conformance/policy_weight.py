@@ -17,7 +17,7 @@ from halos_pl.conformance.halo_case import RELATIVE, HaloCase
 from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.smallest import smallest
 from halos_pl.conformance.step_split import shares
-from halos_pl.conformance.steps import Step, asked, gradient_of, with_leaf
+from halos_pl.conformance.steps import Step, asked, gradient_of, padded, paddings, with_leaf
 from halos_pl.conformance.witness import pair
 from halos_pl.objective.policy_weighted import PolicyWeighted
 
@@ -53,7 +53,7 @@ def policy_weight(case: WeightedCase) -> str | None:
     """The loss is that of the HALO with constant weights, which are finite and at least 0.
 
     Its gradient is the HALO's, times the weights: they have none of their own. The losses of micro-batches, and of
-    ranks, sum to the loss of the step.
+    ranks, sum to the loss of the step. Padding, validations and resuming do not change it.
     """
 
     target = case.target
@@ -73,7 +73,13 @@ def policy_weight(case: WeightedCase) -> str | None:
         split, split_slope = _loss(duplicate(target), rows, parts)
         if not abs(loss - split) <= size:
             return f"loss {{}}, {{}} in {len(parts)} micro-batches".format(*pair(loss, split))
-        return _differ(slope, split_slope, f"in {len(parts)} micro-batches") or _on_ranks(target, rows, step, loss)
+        if witness := _differ(slope, split_slope, f"in {len(parts)} micro-batches"):
+            return witness
+        for columns in paddings(step):
+            wide, _ = _loss(duplicate(target), padded(rows, columns))
+            if not abs(loss - wide) <= size:
+                return f"loss {{}}, {{}} with {columns} more columns of padding".format(*pair(loss, wide))
+        return _later(target, rows) or _on_ranks(target, rows, step, loss)
 
     return smallest(fault, target.needs, examples=max(10, case.examples // 2))
 
@@ -102,6 +108,21 @@ def _expected(target: PolicyWeighted, rows: LogProbBatch) -> tuple[float, Tensor
     train = rows.labels.train_index
     loss = target.of.compute_loss(rows.select(train), context.select(train)).loss
     return float(loss.detach()), gradient_of(loss, leaf)
+
+
+def _later(target: PolicyWeighted, rows: LogProbBatch) -> str | None:
+    """Whether a second step depends on a validation before it, or on what the state dict lacks."""
+    used, resumed = duplicate(target), duplicate(target)
+    _loss(used, rows)
+    validated = duplicate(used).eval()
+    _loss(validated, rows)
+    resumed.load_state_dict(used.state_dict())
+    loss, _ = _loss(duplicate(used), rows)
+    for words, copy in (("after a validation", validated.train()), ("resumed from its state dict", resumed)):
+        other, _ = _loss(copy, rows)
+        if not abs(loss - other) <= RELATIVE * (abs(loss) + abs(other)) + 1e-9:
+            return f"loss {{}} of a second step, {{}} {words}".format(*pair(loss, other))
+    return None
 
 
 def _differ(slope: Tensor, other: Tensor, where: str) -> str | None:

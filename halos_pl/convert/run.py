@@ -48,7 +48,7 @@ class Run:
                 raise self.error(key, f"there is no such setting{f'; did you mean {guess}?' if guess else ''}")
             if key not in known:
                 raise self.error(key, f"{trainer} has no such setting, only {', '.join(setting.only)}; remove it")
-            if value == table.default(key, trainer):
+            if table.is_default(key, value, trainer):
                 continue
             if setting.refuse:
                 raise self.error(key, f"it is {shown(value)}: {setting.refuse}")
@@ -128,7 +128,7 @@ class Run:
         """Notes the settings that were given but have no effect on this run."""
         for key, value in self.given.items():
             setting = self.table.settings[key]
-            is_default = value == self.table.default(key, self.trainer)
+            is_default = self.table.is_default(key, value, self.trainer)
             if not (setting.note or setting.refuse or key in self._used or is_default):
                 self.note(key, "it has no effect on this run")
 

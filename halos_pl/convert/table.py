@@ -53,6 +53,11 @@ class Table:
                 return self.defaults[which][key]
         return self.settings[key].default
 
+    def is_default(self, key: str, value: Any, trainer: str) -> bool:
+        """Whether a value is what a trainer does without the setting; a setting that is null by default is off then."""
+        default = self.default(key, trainer)
+        return bool(value == default) or (default is None and value is False)
+
     def of(self, trainer: str) -> Iterator[str]:
         """The names of the settings that a trainer has."""
         return (key for key, each in self.settings.items() if not each.only or trainer in each.only)

@@ -26,6 +26,7 @@ class FileCounts:
         dropped_gold: gold answers, if the objective does not use them.
         negative_margins: pairs whose chosen completion has the lower score, if the objective compares the scores.
         alone: rows that are the only one of their prompt, if the objective compares the rows of a prompt.
+        alike: rows of prompts whose rows, two or more, all have the same score, or the same label without scores.
     """
 
     examples: int = 0
@@ -45,6 +46,7 @@ class FileCounts:
     dropped_gold: int = 0
     negative_margins: int = 0
     alone: int = 0
+    alike: int = 0
 
     def __str__(self) -> str:
         text = f"{self.examples} examples, {self.rows} rows ({self.desirable} desirable, "
@@ -61,5 +63,6 @@ class FileCounts:
             (self.dropped_gold, "gold answers dropped, which the objective does not use"),
             (self.negative_margins, "pairs with a negative margin: the chosen completion may lose by that much"),
             (self.alone, "rows alone with their prompt: the objective has nothing to compare them with"),
+            (self.alike, "rows whose prompt has no better or worse row: a comparison by score gives them no weight"),
         )
         return "; ".join([text, *(f"{number} {what}" for number, what in notes if number)])

@@ -149,6 +149,8 @@ class Split:
         _check_some_weight(table)
         self.table = table
         self.score = self._scores()
+        if needs.groups:
+            self._count(table, self._alike(), "alike")
         self.examples = self._examples(together)
 
     def _with_gold(self, table: Table, needs: Needs) -> Table:
@@ -225,6 +227,16 @@ class Split:
                 f"{table.name(place)}: the score {table.score[place]:g} does not fit float32; rescale the scores"
             )
         return score
+
+    def _alike(self) -> NDArray[np.bool_]:
+        """The rows whose prompt has other rows, all as good as they are; bool [n]."""
+        prompt, value = self.table.prompt, np.where(np.isnan(self.score), self.table.label == 1, self.score)
+        size = int(prompt.max(initial=-1)) + 1
+        low, high = np.full(size, np.inf), np.full(size, -np.inf)
+        np.minimum.at(low, prompt, value)
+        np.maximum.at(high, prompt, value)
+        alike: NDArray[np.bool_] = ((low == high) & (np.bincount(prompt, minlength=size) > 1))[prompt]
+        return alike
 
     def _examples(self, together: Together | None) -> Sequence[Sequence[int]]:
         if together == "prompts":

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from halos_pl.batch import LogProbBatch, Needs
-from halos_pl.distributed import sum_over_ranks
+from halos_pl.distributed import gather_over_ranks
 from halos_pl.objective.feedback.base import Feedback, Judgement, denominator_of
 
 
@@ -55,14 +55,19 @@ class GroupAdvantage(Feedback):
         kept, score, same = rows.labels.train, rows.labels.score, rows.labels.same_prompt.float()
         count = same.sum(dim=1).clamp(min=1)
         # Differences first: of equal scores, they are exactly 0.
-        above = (same * (score[:, None] - score[None, :])).sum(dim=1) / count
-        advantage = above * kept
+        above = torch.where(same > 0, score[:, None] - score[None, :], 0.0).sum(dim=1) / count
+        advantage, tiny = above * kept, torch.finfo(score.dtype).tiny
         if self.scale == "prompt":
-            std = (same * (score[None, :] - (score - above)[:, None]).square()).sum(dim=1).div(count).sqrt()
+            off = torch.where(same > 0, score[None, :] - (score - above)[:, None], 0.0)
+            # Divided by their sum, as squares of large scores would not fit float32.
+            size = off.abs().sum(dim=1).clamp(min=tiny)
+            std = size * (off / size[:, None]).square().sum(dim=1).div(count).sqrt()
             advantage = advantage / (std + 0.01)
         elif self.scale == "step":
-            squares, number = sum_over_ranks(torch.stack([advantage.square().sum(), kept.sum().to(advantage)]))
-            advantage = advantage / ((squares / number.clamp(min=1)).sqrt() + 0.01)
+            everywhere, _ = gather_over_ranks(advantage[rows.labels.train_index])
+            size = everywhere.abs().sum().clamp(min=tiny)
+            std = size * ((everywhere / size).square().sum() / max(len(everywhere), 1)).sqrt()
+            advantage = advantage / (std + 0.01)
         below = advantage < 0
         side = kept if self.only is None else below if self.only == "negative" else advantage > 0
         return Judgement(
