@@ -58,7 +58,8 @@ class Labels:
             that need it (``Needs.gold``) see it. It is not mismatched and has no pair. Default: False.
 
     Raises:
-        ValueError: for a column that is not of shape [n], and for a gold answer that is mismatched or has a pair.
+        ValueError: for a column that is not of shape [n]; on the CPU, also for a weight that is negative or not finite,
+            and for a gold answer that is mismatched or has a pair.
     """
 
     desirable: Tensor
@@ -77,7 +78,8 @@ class Labels:
             self.mismatched = torch.zeros(n, dtype=torch.bool, device=device)
         if self.group is None:
             self.group = torch.arange(n, device=device)
-        if self.weight is None:
+        weighted = self.weight is not None
+        if not weighted:
             self.weight = torch.ones(n, device=device)
         given = self.gold is not None
         if not given:
@@ -90,7 +92,15 @@ class Labels:
             if shape != (n,):
                 raise ValueError(f"Labels.{column.name} has shape {shape}, not {(n,)}")
         # Reading another device would wait for it, and a tensor without data has no values.
-        if given and type(self.gold) is Tensor and device.type == "cpu":
+        readable = type(self.desirable) is Tensor and device.type == "cpu"
+        if weighted and readable:
+            wrong = (~(self.weight.isfinite() & (self.weight >= 0))).nonzero()
+            if len(wrong):
+                raise ValueError(
+                    f"Labels.weight is {float(self.weight[wrong[0]]):g} in row {int(wrong[0])}; it must be a finite"
+                    " number of at least 0"
+                )
+        if given and readable:
             wrong = (self.gold & (self.mismatched | (self.pair >= 0))).nonzero()
             if len(wrong):
                 raise ValueError(

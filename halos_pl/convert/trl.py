@@ -41,8 +41,9 @@ class TRL(Peer):
         fits = [name for name in self.trainers if all(name in settings[k].only for k in _particular(settings, given))]
         if len(fits) == 1:
             return fits[0]
+        file = next(iter(given.places.values()), "the file").partition(":")[0]
         raise ConvertError(
-            f"the file does not tell its trainer; add --trainer and one of {', '.join(fits or self.trainers)}"
+            f"{file} does not tell its trainer; add --trainer and one of {', '.join(fits or self.trainers)}"
         )
 
     def fill(self, run: Run, draft: Draft) -> None:

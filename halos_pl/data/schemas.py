@@ -182,7 +182,8 @@ def check(row: dict[str, Any], schema: Schema, first: str | None, renamed: Mappi
     if first is not None and fitting and (lacks or len(schema.lacks(filled)) != 1):
         raise BadRow(
             f"fits the schema '{fitting[0].name}' ({'+'.join(fitting[0].columns)}), but {first} fits "
-            f"'{schema.name}' ({'+'.join(schema.columns)}); put the two kinds into two files"
+            f"'{schema.name}' ({'+'.join(schema.columns)}); put the two kinds into two files, or name a 'schema' that"
+            " both fit"
         )
     if lacks:
         raise _lack(schema, row, renamed)
