@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from halos_pl.conformance import objective
@@ -23,9 +24,14 @@ def value_function_of(target: Any) -> ValueFunction | None:
 def outcomes(target: Any) -> Mapping[str, Outcome]:
     """What is known about each clause that can be proved; nothing for a target without a value function."""
     v = value_function_of(target)
-    known = {} if v is None else dict(prove(v).outcomes)
+    if v is None:
+        return {}
+    proof = prove(v)
+    known = dict(proof.outcomes)
     if known:  # -v(-u) falls where v does
         known["undesirable_non_decreasing"] = known["non_decreasing"]
+    if proof.not_integral:  # backward passes use the slope
+        known["gradient"] = replace(known["non_decreasing"], status="disproved", reason=proof.not_integral, scope="")
     return known
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from halos_pl.proof.contexts import OUTCOMES, disagreement
+from halos_pl.proof.recorder import UntraceableError
 from value_functions.by_slope import BySlope, panels
 
 _ERROR = 1e-10  # of an integral, as a share of the largest one no further out
@@ -39,6 +40,9 @@ def no_integral(slope: Slope, seams: Sequence[float]) -> str:
     Args:
         slope: that of v.
         seams: outcomes at which it switches branches.
+
+    Raises:
+        UntraceableError: the integral is not found.
     """
     from scipy import integrate  # which takes a third of a second to import
 
@@ -66,7 +70,7 @@ def no_integral(slope: Slope, seams: Sequence[float]) -> str:
             last, total, error = u, total + part, error + off
             largest = max(largest, abs(total))
             if not error <= _TOO_LARGE * largest:
-                return f"the integral of its slope from 0 to {u:.6g} is not found"
+                raise UntraceableError(f"is too sharp: its integral from 0 to {u:.6g} is not found")
             exact[u] = total, error
     why = disagreement(v, {u: exact[u] for u in sorted(exact, key=abs)}, "as the integral of its slope")
     missing = [seam for seam in sorted(seams, key=abs) if abs(seam) not in panels(tuple(v.kinks)).tolist()]

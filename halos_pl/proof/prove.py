@@ -63,11 +63,13 @@ class Proof:
         name: of the value function.
         outcomes: by the name of the claim.
         seconds: CPU time.
+        not_integral: where a function that is given by its slope is not the integral of it; empty if nowhere.
     """
 
     name: str
     outcomes: Mapping[str, Outcome]
     seconds: float
+    not_integral: str = ""
 
     @property
     def proved(self) -> bool:
@@ -170,13 +172,16 @@ def prove(v: nn.Module) -> Proof:
     """
     start = time.process_time()
     learnable, hyper = _unknowns(v)
-    claims = CLAIMS if subject(v) is v else CLAIMS_ON_SLOPES
+    claims, off = CLAIMS if subject(v) is v else CLAIMS_ON_SLOPES, ""
     try:
         plain = trace(subject(v), {name: symbol for name, (symbol, _) in learnable.items()})
         deadline = time.process_time() + SECONDS
         entries = _entries(learnable)
         outcomes = _decided(plain, entries, claims, _samples(entries), deadline)
-        if why := _unfaithful(v, plain, learnable, outcomes):
+        why = _unfaithful(v, plain, learnable)
+        if not why and (provers := [each.prover for each in outcomes.values() if each.prover is not None]):
+            why = off = _no_integral(v, provers[0].seams)
+        if why:
             outcomes = _undecided(why)
         proved = [outcome.claim for outcome in outcomes.values() if outcome.status == "proved"]
         if hyper and proved:
@@ -194,22 +199,31 @@ def prove(v: nn.Module) -> Proof:
     except UntraceableError as error:
         outcomes = _undecided(f"{'its slope ' * isinstance(subject(v), Slope)}{error}")
     outcomes = {name: _with_the_given(v, outcome) for name, outcome in outcomes.items()}
-    return Proof(type(v).__name__, outcomes, time.process_time() - start)
+    return Proof(type(v).__name__, outcomes, time.process_time() - start, off)
 
 
-def _unfaithful(v: nn.Module, graph: tuple[Node, ...], learnable: Unknowns, outcomes: Mapping[str, Outcome]) -> str:
-    """Why v, as programs call it, is not what was recorded, or not the integral of it; empty if it is."""
-    values = {name: value for name, (_, value) in _entries(learnable).items()}
+def _unfaithful(v: nn.Module, graph: tuple[Node, ...], learnable: Unknowns) -> str:
+    """Why v, or its slope, as programs call it, is not what was recorded; empty if it is."""
+    values, recorded = {name: value for name, (_, value) in _entries(learnable).items()}, subject(v)
     try:
-        recorded, provers = subject(v), [each.prover for each in outcomes.values() if each.status != "undecided"]
-        if not isinstance(recorded, Slope):
-            return mismatch(recorded, graph, values)
-        if (why := mismatch(recorded, graph, values, "v'")) or not provers:
-            return why
-        assert provers[0] is not None
-        return no_integral(recorded, provers[0].seams)
+        return mismatch(recorded, graph, values, "v'") if isinstance(recorded, Slope) else mismatch(v, graph, values)
     except Exception as error:
-        return f"it raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"it {_raised(error)}"
+
+
+def _no_integral(v: nn.Module, seams: Sequence[float]) -> str:
+    """Where v is not the integral of the slope by which it is given; empty if nowhere, or if it is not so given."""
+    recorded = subject(v)
+    try:
+        return no_integral(recorded, seams) if isinstance(recorded, Slope) else ""
+    except UntraceableError:
+        raise
+    except Exception as error:
+        raise UntraceableError(_raised(error)) from error
+
+
+def _raised(error: Exception) -> str:
+    return f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _undecided(why: str, scope: str = "") -> dict[str, Outcome]:

@@ -16,6 +16,7 @@ from laws import law
 from make_parts import WRAPPERS
 from torch import Tensor, nn
 
+from halos_pl.conformance.proofs import disproof, outcomes
 from halos_pl.proof.prove import prove
 from value_functions import GammaWeight, ValueFunction
 from value_functions.by_slope import BySlope
@@ -161,6 +162,15 @@ def test_what_is_not_the_integral_of_one_bounded_slope_is_undecided_with_a_reaso
     for outcome in prove(v).outcomes.values():
         assert outcome.status == "undecided"
         assert outcome.reason
+
+
+def test_a_value_that_is_not_the_integral_of_its_slope_has_another_gradient():
+    """Too narrow a dip for the search; the proof knows where the slope switches branches."""
+    v = Sloped(lambda u: torch.where((u - 1.03).abs() < 1e-4, -3.0, torch.sigmoid(-u)).to(u))
+    assert "kinks lack 1.0" in (disproof(outcomes(v), "gradient") or "")
+    declared = Sloped(v.formula, kinks=(1.03 - 1e-4, 1.03 + 1e-4))
+    assert disproof(outcomes(declared), "gradient") is None
+    assert disproof(outcomes(declared), "non_decreasing")
 
 
 @pytest.mark.parametrize("at", [0.0, 5.0])
