@@ -116,7 +116,7 @@ class Learning(Sloped):
 
 def test_what_would_get_no_gradient_is_refused():
     u = torch.tensor([3.0])
-    with pytest.raises(TypeError, match="raw"):
+    with pytest.raises(ValueError, match="raw"):
         Learning(learns=True)(u)
     assert Learning(learns=False)(u).item() == pytest.approx(6)
 

@@ -28,8 +28,8 @@ class BySlope(ValueFunction):
     A subclass defines ``slope`` instead of ``forward``, and has no learnable parameters.
 
     Raises:
-        TypeError: when called: there are parameters to learn.
-        ValueError: when called: ``slope`` does not return a tensor of the shape of u.
+        ValueError: when called: there are parameters to learn, ``kinks`` is not a sequence of numbers, or ``slope``
+            does not return a tensor of the shape of u.
 
     Attributes:
         kinks: outcomes, in nats, at which the slope jumps or bends; panels end there.
@@ -48,11 +48,14 @@ class BySlope(ValueFunction):
 
     def forward(self, u: Tensor) -> Tensor:
         if learned := [name for name, each in self.named_parameters() if each.requires_grad]:
-            raise TypeError(
+            raise ValueError(
                 f"{type(self).__name__}: {learned[0]} cannot be learned: a value function given by its slope has a"
                 " gradient in u only; make it a number"
             )
-        value: Tensor = Integral.apply(u, self._slope, tuple(self.kinks))  # type: ignore[no-untyped-call]
+        kinks: Any = self.kinks
+        if not isinstance(kinks, Sequence) or not all(isinstance(kink, int | float) for kink in kinks):
+            raise ValueError(f"{type(self).__name__}: kinks is {kinks!r}; it must be a sequence of numbers, in nats")
+        value: Tensor = Integral.apply(u, self._slope, tuple(kinks))  # type: ignore[no-untyped-call]
         return value
 
     def _slope(self, u: Tensor) -> Tensor:

@@ -143,6 +143,8 @@ def _check_kind(path: Path) -> None:
         raise ConvertError(f"{path} is a script, and code is not read; give the YAML or JSON file of its arguments")
     if path.is_dir():
         raise ConvertError(f"{path} is a folder; name a file in it")
+    if not path.exists():
+        raise ConvertError(f"{path}: no such file")
 
 
 def peer_of(word: str, peers: dict[str, Peer]) -> Peer:

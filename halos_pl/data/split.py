@@ -173,7 +173,7 @@ class Split:
         if (lacking := of_example < 0).any():
             raise DataError(
                 f"{table.name(int(lacking.argmax()))}: the objective uses gold answers, but this row has none; use data"
-                " with the columns prompt, chosen, rejected and reference (the gold answer)"
+                " with the columns prompt, chosen, rejected and reference (the gold answer), all of them filled"
             )
         order = np.lexsort((table.label != 1, of_example, table.source))
         first = np.ones(len(table), bool)
