@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import random
-import re
 import resource
 import signal
 import socket
@@ -22,7 +21,6 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTIVES = sorted(path.stem for path in (ROOT / "experiments" / "objectives").glob("*.yaml"))
@@ -298,27 +296,6 @@ def quiet_trainer(**options: Any) -> Any:
 def every_third(names: Iterable[str]) -> list[Any]:
     """The others belong to the slow suite."""
     return [pytest.param(name, marks=pytest.mark.slow if i % 3 else []) for i, name in enumerate(names)]
-
-
-def _classes(part: Any) -> str:
-    """The classes that a part of a config names, without their numbers."""
-    return " ".join(re.findall(r"'class_path': '(\w+)'", str(part))) or str(part)
-
-
-def one_of_each_kind(names: Iterable[str]) -> list[Any]:
-    """The first objective of each set of classes that decide what a step computes; the others belong to the slow suite.
-
-    Those that share all of these differ in their value function, or in numbers.
-    """
-    parts = ("reference_point", "feedback", "extra_terms", "reference_model")
-    kinds: set[tuple[str, ...]] = set()
-    params = []
-    for name in names:
-        model = yaml.safe_load((ROOT / f"experiments/objectives/{name}.yaml").read_text())["model"]
-        kind = tuple(_classes(model.get(part)) for part in parts)
-        params.append(pytest.param(name, marks=pytest.mark.slow if kind in kinds else []))
-        kinds.add(kind)
-    return params
 
 
 def one_for_each_need(names: Iterable[str]) -> list[Any]:

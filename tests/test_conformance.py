@@ -194,6 +194,7 @@ def test_a_reading_is_part_of_the_loss():
     assert verdict(alone) == "halo"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "v",
     [

@@ -363,6 +363,7 @@ def test_what_works_is_not_refused(strategy):
     check_trainer(trainer_of(strategy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "micro"),
     [

@@ -38,6 +38,7 @@ def measured(runs: Path, run: str, *options: str) -> tuple[Any, Path]:
     return json.loads((out / "evaluation.json").read_text()), out
 
 
+@pytest.mark.slow
 def test_log_probs_are_those_of_the_precision(runs: Path) -> None:
     exact, first = measured(runs, "32-true")
     assert measured(runs, "32-true", "--precision=as_trained")[0] == exact

@@ -58,6 +58,7 @@ def attention() -> Any:
     ALL_ATTENTION_FUNCTIONS.register(NAME, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("attention")
 def test_whole_compiled_layers_give_the_same_numbers_and_soon_stop_compiling() -> None:
     """Shapes differ in every step, but graphs for any shape are few."""

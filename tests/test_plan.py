@@ -204,6 +204,7 @@ def test_modules_that_are_trained_whole_are_counted_apart() -> None:
     assert run.parameters.trained == run.parameters.adapter
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_sharded_gets_one_card() -> None:
     """On a card that is too small for the whole model and large enough for half of it."""
     planner = Planner(settings_of(batch_size=2))

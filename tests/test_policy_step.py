@@ -165,7 +165,7 @@ def test_rewards_are_exactly_zero_at_the_start_in_mixed_precision(tiny_folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("objective", PARTS)
+@pytest.mark.parametrize("objective", every_third(PARTS))
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_the_split_does_not_change_the_step(objective, clip, tiny_folder):
     """Two steps with any micro_batch_rows give the weights and metrics of unsplit steps, also with clipping."""

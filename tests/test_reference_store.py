@@ -73,7 +73,7 @@ def some(*shapes: int, seed: int = 0) -> list[torch.Tensor]:
     ("objective", "options"),
     [
         ("kto", ()),
-        ("dpo", ()),
+        pytest.param("dpo", (), marks=pytest.mark.slow),
         pytest.param("kto", ("--trainer.precision=bf16-mixed",), marks=pytest.mark.slow),
         pytest.param("kto", ("--model.policy.lora.r=4",), marks=pytest.mark.slow),
         pytest.param("bco", ("--model.micro_batch_rows=2",), marks=pytest.mark.slow),

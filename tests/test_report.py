@@ -579,7 +579,7 @@ def test_saved_figures_keep_the_colours_of_arms(tmp_path: Path) -> None:
     assert {look["color"] for look in drawing.looks(results).values()} <= seen
 
 
-@pytest.mark.parametrize("width", [drawing.WIDTH, drawing.NARROW])
+@pytest.mark.parametrize("width", [pytest.param(drawing.WIDTH, marks=pytest.mark.slow), drawing.NARROW])
 def test_nothing_is_cut_off_and_every_axis_is_labelled(width: float, tmp_path: Path) -> None:
     both = ("reward_margin", "kl")
     long = results_of(tmp_path / "arms", {f"{LONG} {i}": float(i) for i in range(9)}, metrics=both, examples=4)

@@ -181,6 +181,7 @@ def test_figures_of_a_class_that_a_step_lacks_are_left_out(tiny_folder, tmp_path
         assert "rewards/margins" not in row
 
 
+@pytest.mark.slow
 def test_a_run_that_max_steps_ended_within_an_epoch_can_be_extended(runs):
     options = ("--model.lr_schedule=constant_with_warmup", "--model.warmup_ratio=0", "--checkpoint.every_n_steps=50")
     run_dir = runs.folder / "extended"

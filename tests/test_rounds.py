@@ -91,6 +91,7 @@ def rows(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_rounds_train_on_answers_of_the_last_model_and_report(
     make: Any, tiny_folder: Path, here: list[list[str]], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from run_halos import OBJECTIVES, one_of_each_kind
+from run_halos import OBJECTIVES, one_for_each_need
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch
@@ -33,7 +33,7 @@ TERMS = {
     "penalty": KLPenalty,
     "centring": lambda: Centring(weight=0.5),
 }
-every = pytest.mark.parametrize("name", [*one_of_each_kind(OBJECTIVES), *TERMS])
+every = pytest.mark.parametrize("name", [*one_for_each_need(OBJECTIVES), *TERMS])
 loaded = cache(load_objective)
 
 

@@ -176,6 +176,7 @@ def test_log_probs_and_gradients_of_a_model_equal_the_loop(name: str, batch: Tok
         assert float((other_gradients[key] - gradient).abs().max()) <= 1e-5 * most, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mistral, window", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS)])
 @given(batch=batches())
 @settings(max_examples=2)

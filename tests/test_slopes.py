@@ -398,10 +398,10 @@ class Counting(Following):
     [
         (OfRank, "feedback_split"),
         (Forgetful, "feedback_deterministic"),
-        (Unbounded, "feedback_finite"),
-        (Negative, "feedback_weight"),
-        (Peeking, "feedback_independent_of_theta"),
-        (Counting, "feedback_deterministic"),
+        pytest.param(Unbounded, "feedback_finite", marks=pytest.mark.slow),
+        pytest.param(Negative, "feedback_weight", marks=pytest.mark.slow),
+        pytest.param(Peeking, "feedback_independent_of_theta", marks=pytest.mark.slow),
+        pytest.param(Counting, "feedback_deterministic", marks=pytest.mark.slow),
     ],
 )
 def test_a_fault_that_only_a_history_shows_is_found(feedback, clause):

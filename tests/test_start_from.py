@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("objective", ["dpo", "humanline_dpo"])
+@pytest.mark.parametrize("objective", [pytest.param("dpo", marks=pytest.mark.slow), "humanline_dpo"])
 def test_two_fits_train_like_one_if_the_optimizer_is_carried(
     tiny_folder: Path, data: Path, tmp_path: Path, objective: str, dtype: str
 ) -> None:

@@ -55,6 +55,7 @@ def test_a_study_is_valid_and_compares_what_it_says(
     _compares_what_it_says(load_study(path))
 
 
+@pytest.mark.slow
 def test_a_study_compares_what_it_says_with_another_model(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -293,6 +293,7 @@ def test_recorded_tuning_that_is_not_the_studys_is_refused(name: str, make: Any,
 # -- data ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_validation_split_shares_no_prompt_with_other_data(make: Any, tmp_path: Path) -> None:
     """A prompt is the same whatever its completions, and as a conversation of one message."""
