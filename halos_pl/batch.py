@@ -48,7 +48,7 @@ class Needs:
         routing: How the policy's experts share the tokens; the policy must be a mixture of experts.
         scalar: A scalar per row, from a linear head on the policy's hidden state after the row's last token.
         scores: Scores of all rows; rows without are refused.
-        gold: A gold answer beside each desirable completion; rows without are refused.
+        gold: A gold answer beside the completions of each example; rows of an example without one are refused.
         logps: The policy's log-probs beside the scalar. Without ``scalar`` they are computed in any case.
     """
 

@@ -132,9 +132,10 @@ def placed(message: str, words: Sequence[Any], folder: Path) -> str:
     if not key or any(re.match(rf"{re.escape(other)}(\.|$)", k) for other in others for k in (key, shorter)):
         return message
     places = []
-    for path in map(Path, config_files(words)):
-        if (folder / path).is_file() and not is_shipped(path):
-            line = read_config(folder / path)[1].get(tuple(key.split(".")))
+    for path in config_files(words):
+        file = folder / path
+        if file.is_file() and not is_shipped(file):
+            line = read_config(file)[1].get(tuple(key.split(".")))
             places += [f"{path}:{line}"] if line is not None else []
     return message.replace("error: ", f"error: {places[0]}: ", 1) if len(places) == 1 else message
 
