@@ -105,7 +105,8 @@ def _contradictions(table: Table, text: NDArray[np.uint64]) -> int:
 
 
 def _figures(store: Store, table: Table, judged: Table, max_length: int) -> dict[str, int | float]:
-    needs = Needs(undesirable=True)
+    gold = int((table.of_rows("gold") >= 0).sum())
+    needs = Needs(undesirable=True, gold=gold == store.examples > 0)
     cut = Split(judged, needs, max_length=max_length).counts[store.path]
     dropped = Split(judged, needs, max_length=max_length, truncate_completions=False).counts[store.path]
     units = Counter(table.prompt[table.units].tolist())
@@ -129,7 +130,7 @@ def _figures(store: Store, table: Table, judged: Table, max_length: int) -> dict
         **({"examples whose text spells special tokens": store.spelling} if store.spelling else {}),
         **{f"spelled: {token}": number for token, number in store.spelled.items()},
     }
-    if gold := int((table.gold >= 0).sum()):
+    if gold:
         figures |= {"gold answers": gold}
     if judges := int((store.rows["agree"] + store.rows["disagree"] > 0).sum()):
         figures |= {"rows with votes, for the transform Agreement": judges}
@@ -169,7 +170,7 @@ def inspect(
     judged, _ = ThresholdScores()(table, seeded("inspect", seed))
     prompt, completion = table.prompt_length, table.of_rows("length").astype(int)
     lengths = {"prompt": prompt, "completion": completion, "together": prompt + completion}
-    if (has_gold := table.gold >= 0).any():
+    if (has_gold := table.of_rows("gold") >= 0).any():
         lengths["gold answer"] = table.gold_answers.of_rows("length")[has_gold].astype(int)
     histogram: list[tuple[int, int, int]] = []
     if len(table):

@@ -44,7 +44,7 @@ class ShownRow:
 def shown_rows(tokenizer: PreTrainedTokenizerBase, table: Table, place: int) -> Iterator[ShownRow]:
     """A row of the table, and its gold answer, if it has one."""
     yield _shown_row(tokenizer, table, place)
-    if table.gold[place] >= 0:
+    if table.of_rows("gold")[place] >= 0:
         yield replace(_shown_row(tokenizer, table.gold_answers, place), verdict="gold answer")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from itertools import accumulate, pairwise
 from multiprocessing.reduction import ForkingPickler
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -148,12 +148,13 @@ class StepDataset(Dataset[TokenBatch]):
                 # Rows of a second copy are compared with each other, not with the first copy.
                 group = x.prompt + copy[i] * len(self.prompts)
                 gold = k >= len(of_example)
-                batch.add(x, x.prompt_length, x, x.desirable, pair, False, x.row_id, x.score, group, gold)
+                labels = RowLabels(x.desirable, pair, False, group, x.score, x.weight, gold)
+                batch.add(x.row_id, labels, x, x.prompt_length, x)
         for i in mine if self.mismatched else ():
             x, y = self.rows[rows[i]], self.rows[partners[i]]
             length = min(x.prompt_length, self.max_length - len(x.control) - len(y.completion))
-            name = f"{x.row_id} with {y.row_id}"
-            batch.add(x, length, y, False, -1, True, name, math.nan, x.prompt, False)
+            labels = RowLabels(False, -1, True, x.prompt, math.nan, x.weight, False)
+            batch.add(f"{x.row_id} with {y.row_id}", labels, x, length, y)
         return batch.build()
 
     def _share(self, rows: list[int], partners: list[int], starts: list[int]) -> Sequence[int]:
@@ -196,6 +197,29 @@ class StepDataset(Dataset[TokenBatch]):
         return [candidates[k % len(candidates)] for k in range(number)]
 
 
+class RowLabels(NamedTuple):
+    """A row's entries of ``Labels``."""
+
+    desirable: bool
+    pair: int
+    mismatched: bool
+    group: int
+    score: float
+    weight: float
+    gold: bool
+
+
+_DTYPES = {
+    "desirable": torch.bool,
+    "pair": torch.long,
+    "mismatched": torch.bool,
+    "group": torch.long,
+    "score": torch.float32,
+    "weight": torch.float32,
+    "gold": torch.bool,
+}
+
+
 class _Builder:
     """Collects rows; a prompt that several rows share is kept once."""
 
@@ -203,33 +227,26 @@ class _Builder:
         self._source, self._prefix = prompts, prefix
         self._prompt_index: dict[tuple[int, int, tuple[int, ...]], int] = {}
         self.prompts: list[Tensor] = []
-        self.columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [], [], [], [])
+        self.completions: list[Tensor] = []
+        self.loss: list[Tensor | None] = []
+        self.prompt: list[int] = []
+        self.row_ids: list[str] = []
+        self.labels: list[RowLabels] = []
 
     def __len__(self) -> int:
-        return len(self.columns[0])
+        return len(self.row_ids)
 
-    def add(
-        self,
-        x: TokenizedRow,
-        length: int,
-        y: TokenizedRow,
-        desirable: bool,
-        pair: int,
-        mismatched: bool,
-        name: str,
-        score: float,
-        group: int,
-        gold: bool,
-    ) -> None:
+    def add(self, name: str, labels: RowLabels, x: TokenizedRow, length: int, y: TokenizedRow) -> None:
+        """Adds a row: the last ``length`` tokens of x's prompt, x's control tokens and y's completion."""
         key = (x.prompt, length, x.control)
         if key not in self._prompt_index:
             self._prompt_index[key] = len(self.prompts)
             self.prompts.append(torch.tensor([*self._cut(x.prompt, length), *x.control], dtype=torch.long))
-        ids = torch.tensor(np.asarray(y.completion), dtype=torch.long)
-        loss = None if y.loss is None else torch.tensor(y.loss)
-        row = (ids, self._prompt_index[key], desirable, pair, mismatched, name, group, score, loss, x.weight, gold)
-        for column, value in zip(self.columns, row, strict=True):
-            column.append(value)
+        self.prompt.append(self._prompt_index[key])
+        self.completions.append(torch.tensor(np.asarray(y.completion), dtype=torch.long))
+        self.loss.append(None if y.loss is None else torch.tensor(y.loss))
+        self.row_ids.append(name)
+        self.labels.append(labels)
 
     def _cut(self, prompt: int, length: int) -> list[int]:
         """The prompt's last ``length`` tokens, with BOS in place of the first: many models fail without it."""
@@ -239,22 +256,17 @@ class _Builder:
         return [*start, *ids[len(start) - length :].tolist()]
 
     def build(self) -> TokenBatch:
-        completions, prompt, desirable, pair, mismatched, row_ids, group, score, loss, weight, gold = self.columns
+        columns = {
+            name: torch.tensor([getattr(labels, name) for labels in self.labels], dtype=dtype)
+            for name, dtype in _DTYPES.items()
+        }
         return TokenBatch(
             prompts=self.prompts,
-            completions=completions,
-            prompt=torch.tensor(prompt, dtype=torch.long),
-            labels=Labels(
-                desirable=torch.tensor(desirable, dtype=torch.bool),
-                pair=torch.tensor(pair, dtype=torch.long),
-                mismatched=torch.tensor(mismatched, dtype=torch.bool),
-                group=torch.tensor(group, dtype=torch.long),
-                score=torch.tensor(score, dtype=torch.float32),
-                weight=torch.tensor(weight, dtype=torch.float32),
-                gold=torch.tensor(gold, dtype=torch.bool),
-            ),
-            row_ids=row_ids,
-            loss=loss if any(carried is not None for carried in loss) else None,
+            completions=self.completions,
+            prompt=torch.tensor(self.prompt, dtype=torch.long),
+            labels=Labels(**columns),
+            row_ids=self.row_ids,
+            loss=self.loss if any(carried is not None for carried in self.loss) else None,
         )
 
 

@@ -14,7 +14,7 @@ from halos_pl.data.store import Store
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of length n, one entry per row.
+    """Columns of length n, one entry per row; gold answers are no rows of a table.
 
     Attributes:
         stores: token stores of the sources.
@@ -28,7 +28,6 @@ class Table:
         agree, disagree: float64 [n], how many people judge the row, or its pair, as its label says, and how many the
             opposite; both 0 if there is no record of them.
         pair: int64 [n], index of the pair's other row, -1 for a single row.
-        gold: int64 [n], row of its gold answer in the same store, -1 for none. Gold answers are no rows of the table.
         added: bool [n], rows that a transform made from others.
     """
 
@@ -43,7 +42,6 @@ class Table:
     agree: NDArray[np.float64]
     disagree: NDArray[np.float64]
     pair: NDArray[np.int64]
-    gold: NDArray[np.int64]
     added: NDArray[np.bool_]
 
     @classmethod
@@ -69,7 +67,7 @@ class Table:
             columns["source"].append(np.full(n, i, np.int32))
             columns["row"].append(judged)
             columns["prompt"].append(number[prompts + store.rows["prompt"][judged].astype(np.int64)])
-            for name in ("label", "score", "weight", "agree", "disagree", "gold"):
+            for name in ("label", "score", "weight", "agree", "disagree"):
                 columns[name].append(np.array(store.rows[name][judged]))
             columns["pair"].append(place[store.rows["pair"][judged]])  # -1 reads the last entry, which is -1
             columns["added"].append(np.zeros(n, bool))
@@ -108,8 +106,12 @@ class Table:
 
     @property
     def gold_answers(self) -> Table:
-        """The table with each row's gold answer in its place; rows without one are unchanged."""
-        return replace(self, row=np.where(self.gold >= 0, self.gold, self.row))
+        """The table with the gold answer of each desirable row of a file in the row's place, if it has one."""
+        return self.with_rows(self.of_rows("gold"))
+
+    def with_rows(self, rows: NDArray[np.int64]) -> Table:
+        """The table with other rows of the same stores in the places of its rows; -1 leaves a row as it is."""
+        return replace(self, row=np.where(rows >= 0, rows, self.row))
 
     @property
     def prompt_length(self) -> NDArray[np.int64]:

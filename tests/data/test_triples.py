@@ -110,13 +110,13 @@ def test_cutting_counts_and_lengths_include_gold_answers(tokenizer: Any, tmp_pat
         split = Split(table, TPO, max_length=most)
         row = split.rows[0]
         kept = row.gold.completion
-        assert len(kept) == min(int(table.gold_answers.of_rows("length")[0]), most - 1) == split.gold_length[0]
+        assert len(kept) == min(int(table.gold_answers.of_rows("length")[0]), most - 1) == split.cut.gold_length[0]
         # The prompt is cut alike for all three.
         assert split.rows[1].prompt_length == row.prompt_length == row.gold.prompt_length == most - len(kept)
         assert split.longest == most
         of_gold = [len(ids) for name, ids in split.tokens() if name.endswith("#gold")]
         assert split.row_tokens.sum() == sum(len(ids) for _, ids in split.tokens())
-        assert of_gold == [most, int(split.prompt_length[2] + split.gold_length[2])]
+        assert of_gold == [most, int(split.cut.prompt_length[2] + split.cut.gold_length[2])]
         assert split.counts[store.path].gold == 2
         assert (split.counts[store.path].completions_cut > 0) == (len(kept) == most - 1)
     without = Split(table, TPO, max_length=9, truncate_completions=False)
@@ -256,6 +256,13 @@ def test_inspect_shows_gold_answers(tokenizer: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", triples())
     found = inspect(Source(str(path)), tokenizer, examples=12, cache_dir=tmp_path / "cache")
     assert found.figures["gold answers"] == 6
+    assert found.figures["completions cut at max_length"] == 0
+    cut = inspect(Source(str(path)), tokenizer, max_length=4, cache_dir=tmp_path / "cache").figures
+    table = Table.of([open_store(Source(str(path)), tokenizer, tmp_path / "cache")])
+    has_gold = table.of_rows("gold") >= 0
+    lengths = [*table.of_rows("length"), *table.gold_answers.of_rows("length")[has_gold]]
+    assert cut["completions cut at max_length"] == sum(length > 3 for length in lengths)
+    assert any(length > 3 for length in lengths[len(table) :])
     assert len(found.percentiles["gold answer"]) == len(found.percentiles["prompt"])
     shown = {row.name: "".join(row.completion) for row in found.examples}
     assert len(shown) == 18
