@@ -54,6 +54,17 @@ def _same_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Another test may have a file of the same name in its working folder, which must not be hidden by this test's."""
+    before = set(sys.modules)
+    yield
+    folder = str(tmp_path_factory.getbasetemp())
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(folder):
+            del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
 def _no_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fit leaves its seed in the environment, where the next test's data module would take it as its own."""
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)

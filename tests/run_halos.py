@@ -12,7 +12,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing.forkserver import ensure_running
@@ -293,9 +293,11 @@ def quiet_trainer(**options: Any) -> Any:
     return Trainer(**{"accelerator": "cpu", **quiet, **options})
 
 
-def every_third(names: Iterable[str]) -> list[Any]:
-    """The others belong to the slow suite."""
-    return [pytest.param(name, marks=pytest.mark.slow if i % 3 else []) for i, name in enumerate(names)]
+def one_in(number: int, cases: Iterable[Any], *, slow: Container[Any] = ()) -> list[Any]:
+    """One in ``number`` of the cases; the others, and those in ``slow``, belong to the slow suite."""
+    return [
+        pytest.param(case, marks=pytest.mark.slow if i % number or case in slow else []) for i, case in enumerate(cases)
+    ]
 
 
 def one_for_each_need(names: Iterable[str]) -> list[Any]:

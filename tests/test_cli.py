@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from run_halos import OBJECTIVES, ROOT, SHORTCUTS, binary_data, config, fit, metrics, pair_data, refused
+from run_halos import OBJECTIVES, ROOT, SHORTCUTS, binary_data, config, fit, metrics, one_in, pair_data, refused
 
 from halos_pl.cli.lightning_cli import HalosCLI
 from halos_pl.cli.main import main
@@ -122,8 +122,9 @@ def test_an_objective_file_states_every_argument(objective):
 
 
 # Every file after one other: with each argument stated in each file (above), what a file follows cannot matter.
-@pytest.mark.parametrize(("first", "second"), zip(OBJECTIVES, OBJECTIVES[1:] + OBJECTIVES[:1], strict=True))
-def test_nothing_of_one_objective_leaks_into_another(resolve, first, second):
+@pytest.mark.parametrize("first", one_in(3, OBJECTIVES))
+def test_nothing_of_one_objective_leaks_into_another(resolve, first):
+    second = OBJECTIVES[OBJECTIVES.index(first) - 1]
     alone = resolve(config(f"objectives/{second}"))
     after = resolve(config(f"objectives/{first}"), config(f"objectives/{second}"))
     assert after["model"] == alone["model"]

@@ -109,9 +109,9 @@ def assert_same_weights(one: Path, two: Path, least: float = 1e-6) -> None:
     ("objective", "two"),
     [
         ("kto", ()),
-        ("dpo", ("--model.micro_batch_rows=2",)),
+        pytest.param("dpo", ("--model.micro_batch_rows=2",), marks=pytest.mark.slow),
         pytest.param("bco", ("--model.micro_batch_rows=1",), marks=pytest.mark.slow),
-        ("tpo", ("--model.micro_batch_rows=2",)),  # with gold answers
+        pytest.param("tpo", ("--model.micro_batch_rows=2",), marks=pytest.mark.slow),  # with gold answers
         ("aot_unpaired", ("--model.micro_batch_rows=2",)),  # rows of one rank are matched with those of the other
         pytest.param("aot", ("--model.micro_batch_rows=2",), marks=pytest.mark.slow),
         pytest.param("grpo", ("--model.micro_batch_rows=1",), marks=pytest.mark.slow),
@@ -191,7 +191,7 @@ def test_the_load_of_experts_is_that_of_all_ranks(both: Both, tmp_path: Path) ->
     ("objective", "labels"),
     [
         ("kto", "DUDUUDDD"),  # two rows a step, one on each rank: now one class is elsewhere, now it is nowhere
-        ("bco", "DUUDUUDD"),
+        pytest.param("bco", "DUUDUUDD", marks=pytest.mark.slow),
         pytest.param("kto", "DDDDDDDD", marks=pytest.mark.slow),
         pytest.param("kto", "UUUUUUUU", marks=pytest.mark.slow),
         pytest.param("kto with NLL", "UUDUUDUU", marks=pytest.mark.slow),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning import Callback
 from policy_steps import PARTS, batch, module
-from run_halos import OBJECTIVES, ROOT, every_third, one_for_each_need, quiet_trainer
+from run_halos import OBJECTIVES, ROOT, one_for_each_need, one_in, quiet_trainer
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -143,7 +143,7 @@ SETUPS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("objective", PARTS)
-@pytest.mark.parametrize("setup", every_third(SETUPS))
+@pytest.mark.parametrize("setup", one_in(3, SETUPS))
 def test_every_reward_is_exactly_zero_at_the_start(setup, objective, tiny_folder, tiny_gpt2_folder):
     """Same kernels, same shapes, no dropout: GPT-2 has a dropout of 0.1 unless it is switched off."""
     for folder in (tiny_folder, tiny_gpt2_folder):
@@ -165,7 +165,7 @@ def test_rewards_are_exactly_zero_at_the_start_in_mixed_precision(tiny_folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("objective", every_third(PARTS))
+@pytest.mark.parametrize("objective", one_in(3, PARTS))
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_the_split_does_not_change_the_step(objective, clip, tiny_folder):
     """Two steps with any micro_batch_rows give the weights and metrics of unsplit steps, also with clipping."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from model_families import MODELS
-from run_halos import config, every_third, metrics, pair_data, refused
+from run_halos import config, metrics, one_in, pair_data, refused
 from run_halos import fit as fit_words
 from shared_rows import example, spread
 from torch import Tensor
@@ -320,7 +320,7 @@ def padded_by_eos(tiny_gpt2_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "gpt2"
 
 
-@pytest.mark.parametrize("kind", every_third(["llama", "gpt2, padded by EOS", "adapter"]))
+@pytest.mark.parametrize("kind", one_in(3, ["llama", "gpt2, padded by EOS", "adapter"]))
 def test_an_exported_reward_model_gives_the_scalars_of_training(
     kind: str, tiny_folder: Path, padded_by_eos: Path, tmp_path: Path, capfd: Any
 ) -> None:

@@ -109,11 +109,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    modules = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - modules:  # the next page has other files of the same names
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+    return tmp_path
 
 
 def write_files(page: str, folder: Path) -> None:

@@ -14,7 +14,6 @@ import yaml
 from family_runs import FILES, FOLDER, Rescorer, assert_equals_formula, assert_the_formulas, rows_for, run
 from family_runs import objective as parsed
 from formulas import LOSSES
-from newer_formulas import OLDER
 from run_halos import write_data
 
 
@@ -57,10 +56,13 @@ def test_the_file_is_short_and_says_what_it_is(objective):
     assert sum(bool(line.strip()) and not line.lstrip().startswith("#") for line in lines) <= 20  # about 15
 
 
-# Of the newer losses, those with rows, weights or references of their own kind. The fits of the others are slow; their
-# formulas are compared on tensors below.
-SAMPLE = {"alpha_dpo", "beta_dpo", "fipo", "infonca", "mnpo", "qrpo", "real", "rebel", "tpo"}
-FITTED = [name if name in OLDER | SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in FILES]
+# Those with rows, weights, history or references of their own kind. The fits of the others are slow; their formulas are
+# compared on tensors by default.
+SAMPLE = {
+    *("alpha_dpo", "aot_unpaired", "bco", "beta_dpo", "cpo_simpo", "csft", "dpo", "fipo", "grpo", "humanline_kto"),
+    *("infonca", "kto", "kto_no_reference_model", "kto_one_y_per_x", "mnpo", "qrpo", "real", "rebel", "tpo", "tr_dpo"),
+}
+FITTED = [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in FILES]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -40,7 +40,7 @@ every_file = pytest.mark.parametrize(
 )
 # One of each kind of reference point, feedback and reference model. The other files differ from these in plug-ins
 # that know nothing of models, so their fits are left to the slow suite.
-KINDS = {"aot_unpaired", "bco", "dpo", "grpo", "humanline_kto", "kto"}
+KINDS = {"aot_unpaired", "bco", "dpo", "grpo", "humanline_kto", "kto", "tr_dpo"}
 
 
 def fits(names: list[str]) -> Any:
@@ -232,7 +232,7 @@ def moves(name: str) -> bool:
     return any(of_model["w"] != 0 for _, of_model in LOSSES[name].references(weights))
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if n in LOSSES and (LOSSES[n].has_history or moves(n))])
+@fits([n for n in FILES if n in LOSSES and (LOSSES[n].has_history or moves(n))])
 @pytest.mark.filterwarnings("ignore")
 def test_defect_15_state_of_a_loss_is_in_the_checkpoint(name, tiny_folder, data, rescorer, tmp_path):
     """A fit that was stopped between two re-syncs, or in the middle of a mean, goes on as if it had not been."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from run_halos import binary_data, every_third, fit, pair_data, write_jsonl
+from run_halos import binary_data, fit, one_in, pair_data, write_jsonl
 
 from halos_pl.cli.main import main
 from halos_pl.data.tokenize import encode_prompt
@@ -235,7 +235,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("words", every_third(WRONG))
+@pytest.mark.parametrize("words", one_in(3, WRONG))
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(
     words: str, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from chat_templates import TEMPLATES, stub
-from run_halos import binary_data, every_third, fit, write_jsonl
+from run_halos import binary_data, fit, one_in, write_jsonl
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from halos_pl.cli.main import main
@@ -286,7 +286,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("word", every_third(WRONG))
+@pytest.mark.parametrize("word", one_in(3, WRONG))
 def test_a_wrong_input_is_a_line_before_a_model_is_loaded(
     word: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

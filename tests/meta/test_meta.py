@@ -1,14 +1,15 @@
 """The conformance suite is only worth what it catches: mutants, each with one planted mistake, must all be caught.
 
 And what is correct, however unusual, must pass. The mutants of one seed have other places, sizes and scales than those
-of another. Every run takes one in three of the mutants of one seed, each held only to the clauses that it is meant for,
-and one in six of the correct functions and parts. The others, and 19 more seeds of whatever draws anything, are slow.
+of another. Every run takes one in six of the mutants of one seed, each held only to the clauses that it is meant for,
+and one in twelve of the correct functions and parts. The others, and 19 more seeds of whatever draws anything, are
+slow.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from random import Random
 from typing import Any
 
@@ -20,7 +21,7 @@ import step_families
 import torch
 from members import MUTANTS, PARTS, SOUND, VALUES, kind_of, report_on, unshrunk, witness_against
 from mutant import CLAUSES, KIND_OF, KINDS, PROCESS, Mutant, draws
-from run_halos import every_third
+from run_halos import one_in
 from unusual_values import UNUSUAL
 
 from halos_pl.batch import Needs
@@ -38,14 +39,6 @@ from value_functions import Identity, KahnemanTversky, Logistic
 EVERY_CLAUSE = [clause for clauses in CLAUSES.values() for clause in clauses]
 SEEDS = range(1, 20)
 TWICE = "DPO from both sides"
-
-
-def one_in_six(names: Iterable[str]) -> pytest.MarkDecorator:
-    """The others are slow, and so is what a test of its own checks as well."""
-    marked = [
-        pytest.param(name, marks=pytest.mark.slow if i % 6 or name == TWICE else ()) for i, name in enumerate(names)
-    ]
-    return pytest.mark.parametrize("name", marked)
 
 
 @pytest.fixture(name="unshrunk")
@@ -67,7 +60,7 @@ def assert_passes(name: str, seed: int, examples: int = 60) -> None:
 
 
 @pytest.mark.usefixtures("unshrunk")
-@pytest.mark.parametrize("mutant", every_third(MUTANTS), ids=lambda m: f"{m.clauses[0]}: {m.name}")
+@pytest.mark.parametrize("mutant", one_in(6, MUTANTS), ids=lambda m: f"{m.clauses[0]}: {m.name}")
 def test_a_mutant_is_caught_by_the_clause_it_belongs_to(mutant):
     witness = assert_caught(mutant, 0)
     assert not isinstance(witness, Raised), witness  # a mutant that does not run proves nothing
@@ -80,7 +73,7 @@ def test_a_mutant_is_caught_behind_an_objective(mutant):
     assert_caught(mutant, 0)
 
 
-@one_in_six(VALUES)
+@pytest.mark.parametrize("name", one_in(12, VALUES, slow={TWICE}))
 def test_a_correct_function_passes(name):
     assert_passes(name, 0)
 
@@ -100,7 +93,7 @@ def test_a_correct_function_passes_at_other_places_and_scales(name):
         assert_passes(name, seed)
 
 
-@one_in_six(PARTS)
+@pytest.mark.parametrize("name", one_in(12, PARTS, slow={TWICE}))
 def test_a_sound_part_passes(name):
     assert_passes(name, 0, examples=8)
 
@@ -184,7 +177,7 @@ def shared() -> dict[Any, Any]:
     return {}
 
 
-@pytest.mark.parametrize("name", every_third(MADE_OF))
+@pytest.mark.parametrize("name", one_in(6, MADE_OF))
 def test_what_the_mutants_were_made_of_passes(name, shared):
     """Otherwise a mutant would be caught for what it has in common with the sound part. Of the library's parts
     themselves this is shown in tests/test_conformance.py."""
