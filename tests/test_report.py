@@ -234,6 +234,23 @@ def test_margins_are_in_nats_whatever_beta_is(tmp_path: Path) -> None:
     assert _training(run, None)["training/margin"] == {"1": 3.0, "3": 5.0}
 
 
+@pytest.mark.parametrize(
+    ("trainer", "share"),
+    [
+        ({"gradient_clip_val": 2.0}, 0.25),
+        ({"gradient_clip_val": 2.0, "gradient_clip_algorithm": "norm"}, 0.25),
+        ({"gradient_clip_val": None}, 0.0),
+        ({}, 0.0),
+        ({"gradient_clip_val": 2.0, "gradient_clip_algorithm": "value"}, None),
+    ],
+)
+def test_the_share_of_clipped_steps(trainer: dict[str, Any], share: float | None, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,grad_norm\n0,2.0\n1,2.5\n2,\n3,0.1\n4,1.0\n")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
+    run: Any = SimpleNamespace(folder=tmp_path)
+    assert _training(run, None).get("trained", {}).get("clipped") == share
+
+
 @pytest.fixture
 def text_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports are written without figures, which take most of the time."""
@@ -677,7 +694,7 @@ def test_a_report_states_what_each_arm_was_trained_on_and_whether_arms_differ(tm
 
     same = {(arm, seed): {"rows": 128.0, "tokens": 9000.0 + seed, "steps": 16.0} for arm in "ab" for seed in (0, 1)}
     table, lines = page("same", same)
-    assert row_of(table, "a")[1:] == row_of(table, "b")[1:] == ["128", "9,000 to 9,001", "16"]
+    assert row_of(table, "a")[1:] == row_of(table, "b")[1:] == ["128", "9,000 to 9,001", "16", "–"]
     assert not [line for line in lines if "differ in" in line]
     fewer = same | {("b", seed): {"rows": 64.0, "tokens": 9000.0 + seed, "steps": 16.0} for seed in (0, 1)}
     _, lines = page("fewer", fewer)
@@ -687,9 +704,17 @@ def test_a_report_states_what_each_arm_was_trained_on_and_whether_arms_differ(tm
     assert "steps" not in line
     # Runs of an older version have not recorded it.
     table, lines = page("older", {key: each for key, each in same.items() if key[0] == "a"})
-    assert row_of(table, "b")[1:] == ["–"] * 3
+    assert row_of(table, "b")[1:] == ["–"] * 4
     assert not [line for line in lines if "differ in" in line]
     assert page("none", {})[0] == ""
+    shares = {("a", 0): 0.25, ("a", 1): 0.0, ("b", 0): 1.0, ("b", 1): 0.5}
+    table, lines = page("clipped", {key: each | {"clipped": shares[key]} for key, each in same.items()})
+    assert [row_of(table, arm)[-1] for arm in "ab"] == ["12%", "75%"]
+    assert "a: 12% of the steps; b: 75%" in table
+    assert "a: 12% of the steps; b: 75%" in "".join(lines)
+    table, lines = page("alike", {key: each | {"clipped": 1.0} for key, each in same.items()})
+    assert [row_of(table, arm)[-1] for arm in "ab"] == ["100%", "100%"]
+    assert "gradient_clip_val" not in table + "".join(lines)
 
 
 def test_ratios_are_drawn_along_a_logarithm(tmp_path: Path) -> None:

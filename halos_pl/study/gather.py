@@ -24,7 +24,7 @@ from halos_pl.study.choice import choices
 from halos_pl.study.control import measured_on
 from halos_pl.study.earlier import Earlier, read_earlier
 from halos_pl.study.finished import config_of, finished, summary
-from halos_pl.study.recorded import AMOUNTS, Figures, Key, Recorded
+from halos_pl.study.recorded import AMOUNTS, CLIPPED, Figures, Key, Recorded
 from halos_pl.study.spec import Run, Study
 from halos_pl.study.state import BY_CONTENT, failure, read_plan, state
 from halos_pl.study.trivial import STARTS, baselines, by_length, held_out_records, names_of, starts_of
@@ -180,8 +180,8 @@ def _training(run: Run, module: HALOModule | None) -> dict[str, dict[str, float]
     halo = module.objective.halo if module is not None else None
     beta = reward_scale(halo.value_function) if halo is not None else 1.0
     figures: dict[str, dict[str, float]] = {}
-    amounts = {**(summary(run).get("trained") or {}), "steps": summary(run).get("steps")}
-    if known := {key: float(amounts[key]) for key in AMOUNTS if amounts.get(key) is not None}:
+    amounts = {**(summary(run).get("trained") or {}), "steps": summary(run).get("steps"), CLIPPED: _clipped(run)}
+    if known := {key: float(amounts[key]) for key in (*AMOUNTS, CLIPPED) if amounts.get(key) is not None}:
         figures["trained"] = known
     for name, column in TRAINING.items():
         scale = beta if name == "training/margin" else 1.0
@@ -194,6 +194,16 @@ def _training(run: Run, module: HALOModule | None) -> dict[str, dict[str, float]
         if some := {str(i): u for i, (u, desirable) in enumerate(outcomes) if desirable is label}:
             figures[name] = some
     return figures
+
+
+def _clipped(run: Run) -> float | None:
+    """The share of the logged steps whose gradient was clipped by its norm; None if that is unknown."""
+    trainer = config_of(run).get("trainer") or {}
+    norms = [norm for _, norm in _curve(run, "grad_norm")]
+    if not norms or trainer.get("gradient_clip_algorithm") == "value":
+        return None
+    limit = trainer.get("gradient_clip_val") or math.inf
+    return sum(norm > limit for norm in norms) / len(norms)
 
 
 def _curve(run: Run, name: str) -> list[tuple[int, float]]:

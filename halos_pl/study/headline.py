@@ -41,7 +41,7 @@ def headline(results: Results) -> list[str]:
             f"The primary metric was changed from {planned} to {metric} after the study began: if it was chosen for its"
             " results, more than 5% of such claims are false."
         )
-    lines += [*tables.notes(results), *filter(None, [tables.differ(results)])]
+    lines += [*tables.notes(results), *tables.unequal(results)]
     if weak := results.record.get("anyway"):
         lines.append(f"Before the first run, {weak}; it was run with --anyway.")
     if missing := len(results.runs) - len(results.done):

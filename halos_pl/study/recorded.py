@@ -3,7 +3,8 @@
 ``values.csv.gz`` has one line per number: ``run, arm, seed, metric, example, value``. Values are read back exactly, and
 equal values give equal bytes. Besides the metrics of ``halos evaluate``, it contains, for the figures,
 
-- ``trained``: the ``rows``, ``tokens`` and optimizer ``steps`` that a run was trained on;
+- ``trained``: the ``rows``, ``tokens`` and optimizer ``steps`` that a run was trained on, and the share of its steps
+  whose gradient was ``clipped``;
 - ``training/...``: a training figure, whose example is the optimizer step;
 - ``outcome/desirable`` and ``outcome/undesirable``: outcomes u = r - z0 of the last rows, in nats;
 - ``value_function``: v at u, whose example is u in nats.
@@ -44,6 +45,8 @@ COLUMNS = ("run", "arm", "seed", "metric", "example", "value")
 
 #: What a run was trained on, by example of ``trained``.
 AMOUNTS = {"rows": "rows", "tokens": "tokens", "steps": "optimizer steps"}
+#: Example of ``trained``: the share of the logged steps whose gradient was clipped by its norm.
+CLIPPED = "clipped"
 
 #: Values by metric and example.
 Figures = Mapping[str, Mapping[str, float]]

@@ -11,9 +11,12 @@ from halos_pl.common.messages import counted
 from halos_pl.evaluation.metrics import metric_of
 from halos_pl.study.choice import Choice
 from halos_pl.study.digits import short
-from halos_pl.study.recorded import AMOUNTS
+from halos_pl.study.recorded import AMOUNTS, CLIPPED
 from halos_pl.study.results import Results
 from halos_pl.study.tune import is_numeric, text_of
+
+#: Difference in the share of clipped steps that the report points out.
+CLIPPED_APART = 0.25
 
 
 def tuning(results: Results) -> dict[str, Any] | None:
@@ -63,17 +66,23 @@ def trained(results: Results) -> dict[str, Any] | None:
     found = {arm.name: results.figures(arm, "trained") for arm in results.ranked}
     if not any(found.values()):
         return None
-    cells = {
-        name: {key: sorted({run[key] for run in runs if key in run}) for key in AMOUNTS} for name, runs in found.items()
-    }
+    rows = []
+    for name, runs in found.items():
+        cells = [_range(sorted({run[key] for run in runs if key in run})) for key in AMOUNTS]
+        rows.append({"arm": name, "figures": [*cells, _percent([run[CLIPPED] for run in runs if CLIPPED in run])]})
     return {
-        "heads": [*AMOUNTS.values()],
-        "rows": [{"arm": name, "figures": [_range(each[key]) for key in AMOUNTS]} for name, each in cells.items()],
-        "differ": differ(results),
+        "heads": [*AMOUNTS.values(), "steps with a clipped gradient"],
+        "rows": rows,
+        "differ": " ".join(unequal(results)),
     }
 
 
-def differ(results: Results) -> str:
+def unequal(results: Results) -> list[str]:
+    """A sentence on each way in which the arms were trained differently beside their settings."""
+    return list(filter(None, (_amounts(results), _clipping(results))))
+
+
+def _amounts(results: Results) -> str:
     """A sentence on the amounts in which the arms differ, over the seeds that all have; empty if they do not."""
     arms = [arm for arm in results.ranked if results.figures(arm, "trained")]
     seeds = set.intersection(*(set(results.seeds(arm)) for arm in arms)) if arms else set()
@@ -88,6 +97,27 @@ def differ(results: Results) -> str:
             least, most = (f"{arm}: {fmean(amounts[arm]):,.0f}" for arm in (ranked[0], ranked[-1]))
             parts.append(f"{name} ({least}; {most})")
     return f"The arms were not trained on equal amounts: they differ in {', '.join(parts)}." if parts else ""
+
+
+def _clipping(results: Results) -> str:
+    """A sentence on arms whose gradients were clipped in very different shares of their steps; empty without such."""
+    found = {
+        arm.name: [run[CLIPPED] for run in results.figures(arm, "trained") if CLIPPED in run] for arm in results.ranked
+    }
+    ranked = sorted((fmean(shares), arm) for arm, shares in found.items() if shares)
+    if not ranked or ranked[-1][0] - ranked[0][0] <= CLIPPED_APART:
+        return ""
+    (least, one), (most, other) = ranked[0], ranked[-1]
+    return (
+        f"The arms also differ in how often their gradient was clipped ({one}: {100 * least:.0f}% of the steps;"
+        f" {other}: {100 * most:.0f}%), which changes what an arm learns: raise trainer.gradient_clip_val to compare"
+        " objectives."
+    )
+
+
+def _percent(shares: Sequence[float]) -> str:
+    """The mean of some shares."""
+    return f"{100 * fmean(shares):.0f}%" if shares else "–"
 
 
 def _range(amounts: Sequence[float]) -> str:
