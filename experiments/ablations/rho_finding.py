@@ -3,7 +3,7 @@
     python experiments/ablations/rho_finding.py FOLDER [FOLDER ...] [--plot FILE] [--write PAGE]
     python experiments/ablations/rho_finding.py --rates FOLDER
 
-A FOLDER has the report of ``ablations/rho`` or ``ablations/rho_beta_1``, finished or not: the script reads its
+A FOLDER has the report of ``ablations/rho``, ``rho_beta_1`` or ``rho_unclipped``, finished or not: the script reads its
 ``values.csv.gz``. Hypothesis, metric and decision rule are in the head of rho.yaml. ``--rates`` prints the learning
 rates that the report of ``ablations/rho_rates`` gives for both.
 """
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from halos_pl.study.read import load_study
-from halos_pl.study.recorded import read_recorded
+from halos_pl.study.recorded import CLIPPED, read_recorded
 from halos_pl.study.results import Results
 from halos_pl.study.run_variance import Runs, run_variance
 from halos_pl.study.spec import StudyError
@@ -45,12 +45,14 @@ class Arm:
         target: target of rho.
         achieved: for each seed, the geometric mean of rho over the steps after the first.
         runs: KL divergence [seeds, examples], nats.
+        clipped: share of the runs' steps whose gradient was clipped; None if that was not recorded.
     """
 
     function: str
     target: float
     achieved: tuple[float, ...]
     runs: Runs
+    clipped: float | None = None
 
     @property
     def mean_rho(self) -> float:
@@ -188,12 +190,13 @@ class Finding:
         for each in self.contrasts:
             yield f"- power, {each.function}: {each.power:.2f} to find equivalence within a factor of {MARGIN}"
         yield ""
-        yield "| value function | target rho | achieved | KL, nats | |"
-        yield "|---|---|---|---|---|"
+        yield "| value function | target rho | achieved | steps with a clipped gradient | KL, nats | |"
+        yield "|---|---|---|---|---|---|"
         for arm in self.arms:
             kl = ", ".join(f"{math.exp(each):.3g}" for each in arm.log_kl)
             off = "" if arm.on_target else f"excluded: {100 * (arm.mean_rho / arm.target - 1):+.0f} %"
-            yield f"| {arm.function} | {arm.target:g} | {arm.mean_rho:.3g} | {kl} | {off} |"
+            clipped = "–" if arm.clipped is None else f"{100 * arm.clipped:.0f} %"
+            yield f"| {arm.function} | {arm.target:g} | {arm.mean_rho:.3g} | {clipped} | {kl} | {off} |"
         if self.kept:
             shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.explained().items())
             yield ""
@@ -203,7 +206,8 @@ class Finding:
                 f"- {each.function} / {BASELINE}: KL ratio {each.ratio:.3f} [{each.low:.3f}, {each.high:.3f}]:"
                 f" {each.decision}"
             )
-        yield f"- hypothesis: {self.decision}"
+        if any(arm.function == BASELINE for arm in self.arms):
+            yield f"- hypothesis: {self.decision}"
 
 
 def read_arms(folder: Path) -> list[Arm]:
@@ -227,7 +231,9 @@ def read_arms(folder: Path) -> list[Arm]:
         if len(curves) < len(seeds):
             raise StudyError(f"{folder}: a run of arm {arm.name!r} has no {RHO}")
         achieved = [float(np.mean([math.log(y) for step, y in curve.items() if int(step)])) for curve in curves]
-        arms.append(Arm(name[1], float(name[2]), tuple(map(math.exp, achieved)), Runs(values, seeds)))
+        shares = [run[CLIPPED] for run in results.figures(arm, "trained") if CLIPPED in run]
+        clipped = float(np.mean(shares)) if len(shares) == len(seeds) else None
+        arms.append(Arm(name[1], float(name[2]), tuple(map(math.exp, achieved)), Runs(values, seeds), clipped))
     if not arms:
         raise StudyError(f"{folder}: no finished run")
     return arms
