@@ -165,7 +165,7 @@ def _size(metric: str, effect: float) -> str:
     """A difference on the scale of the test, in words."""
     if metric in RATIOS:
         return f"a factor of {ratio(math.exp(effect))}"
-    return f"{100 * effect:.0f} points" if is_share(metric) else f"a difference of {effect:.2g}"
+    return f"{100 * effect:.3g} points" if is_share(metric) else f"a difference of {effect:.2g}"
 
 
 def hopeless(study: Study, examples: int) -> str | None:
