@@ -124,6 +124,26 @@ def recorded(machine: Any, tmp_path: Path, fakes: Fakes) -> Path:
     return commit(tmp_path / "first" / "out", tmp_path / "committed")
 
 
+def test_records_name_files_by_the_variable_of_the_study(
+    machine: Any, tmp_path: Path, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {"evaluate": {"held_out": ["${FEEDBACK}/held_out.jsonl"], "max_length": 64}}
+    tune = {"held_out": ["$FEEDBACK/validation.jsonl"]}
+    studies = {name: machine(name)(**data, tune=tune) for name in ("first", "second")}
+    out = {name: tmp_path / name / "out" for name in studies}
+    monkeypatch.setenv("FEEDBACK", str(tmp_path / "first"))
+    stopped(fakes, studies["first"], out["first"], 15)
+    committed = commit(out["first"], tmp_path / "committed")
+    record = (committed / RECORD).read_text()
+    assert str(tmp_path) not in json.dumps([json.loads(record)[key] for key in ("by_content", "measured")])
+    rows = {line["example"] for line in lines(committed) if line["metric"] == "reward_accuracy"}
+    assert rows == {f"$FEEDBACK/held_out.jsonl:{i}" for i in range(6)}
+    monkeypatch.setenv("FEEDBACK", str(tmp_path / "second"))
+    main(["ablate", str(studies["second"]), f"--out={out['second']}", f"--resume_from={committed}"])
+    assert {line["example"] for line in lines(out["second"]) if line["metric"] == "reward_accuracy"} == rows
+    assert not json.loads((out["second"] / RECORD).read_text())["missing"]
+
+
 def arms_of(study: Path) -> dict[str, Any]:
     return dict(yaml.safe_load(study.read_text())["arms"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -109,7 +110,7 @@ class Fakes:
             (folder / "summary.json").write_text(json.dumps(summary))
             return 0
         how = _measuring(tuple(words[2:]))
-        [data] = how["evaluate"]["held_out"]
+        data = os.path.expandvars(how["evaluate"]["held_out"][0])
         prompts = [json.loads(line)["prompt"] for line in Path(data).read_text().splitlines()]
         right = self.right[arm][rate] + int(folder.name.removeprefix("seed-")) % 2
         scores = {f"{data}:{i}": float(i < right) for i in range(len(prompts))}

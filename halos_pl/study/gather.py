@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from halos_pl.study.earlier import Earlier, read_earlier
 from halos_pl.study.finished import config_of, finished, summary
 from halos_pl.study.recorded import AMOUNTS, CLIPPED, Figures, Key, Recorded
 from halos_pl.study.spec import Run, Study
-from halos_pl.study.state import BY_CONTENT, failure, read_plan, state
+from halos_pl.study.state import BY_CONTENT, by_variable, failure, read_plan, state
 from halos_pl.study.trivial import STARTS, baselines, by_length, held_out_records, names_of, starts_of
 from halos_pl.study.tuning import tuning_in
 from halos_pl.training.module import HALOModule
@@ -58,7 +58,7 @@ def gather(study: Study, out: Path) -> tuple[dict[Key, Figures], dict[Run, str]]
     earlier = _used(study, out)
     recorded = {run: earlier.figures(run) for run in earlier.used(study.runs(out))}
     measured, faults = finished(study, out)
-    moved = _moved(earlier, out)
+    moved = _moved(earlier, out, by_variable(out))
     own = {run: _renamed({**metrics, **by_length(held_out_records(run))}, moved) for run, metrics in measured.items()}
     others = _other_examples(study, own, recorded)
     own = {run: figures for run, figures in own.items() if run not in others}
@@ -74,14 +74,14 @@ def _used(study: Study, out: Path) -> Earlier:
     return earlier if earlier.used([*study.trials(out), *study.runs(out)]) else Earlier(study, out)
 
 
-def _moved(earlier: Earlier, out: Path) -> dict[str, str]:
-    """The paths of files that have another path in the names of recorded examples."""
-    if not earlier.record:
-        return {}
-    then = {digest: path for path, digest in earlier.record[BY_CONTENT]["files"].items()}
-    now: dict[str, str] = read_plan(out)[BY_CONTENT]["files"]
-    recorded = set(earlier.record[BY_CONTENT]["files"])  # two files may have the same content
-    return {path: then[digest] for path, digest in now.items() if path not in recorded and digest in then}
+def _moved(earlier: Earlier, out: Path, named: Callable[[str], str]) -> dict[str, str]:
+    """The paths of files that have another path in the names of examples: that of the record, or the study's words."""
+    recorded: dict[str, str] = earlier.record.get(BY_CONTENT, {}).get("files", {})
+    then = {digest: path for path, digest in recorded.items()}
+    now: dict[str, str] = read_plan(out).get(BY_CONTENT, {}).get("files", {})
+    # Two files may have the same content.
+    names = {path: then.get(digest, named(path)) for path, digest in now.items() if path not in recorded}
+    return {path: name for path, name in names.items() if name != path}
 
 
 def _renamed(figures: Figures, moved: Mapping[str, str]) -> Figures:
@@ -230,7 +230,7 @@ def _value_curve(halo: HALO, runs: list[Figures]) -> dict[str, float]:
 
 def _record(study: Study, out: Path, ended: list[Run], earlier: Earlier) -> dict[str, Any]:
     """The contents of a report besides numbers; ``ended`` are the runs that are used, tuning runs included."""
-    plan = read_plan(out)
+    plan, named = read_plan(out), by_variable(out)
     own = [run for run in ended if not earlier.has(run)]
     starts = starts_of([run for run in own if not run.trial], earlier)
     # All runs are measured on the same data.
@@ -247,13 +247,13 @@ def _record(study: Study, out: Path, ended: list[Run], earlier: Earlier) -> dict
         STARTS: starts,
         "measured": measured,
         "made": _made(ended, earlier),
-        "data": _data(ended, earlier),
+        "data": _data(ended, earlier, named),
     }
     if contents := plan.get(BY_CONTENT):
         arms = {run.arm.folder for run in ended}
         # Examples are named after the files that the recorded runs were measured on.
         then = earlier.record.get(BY_CONTENT, {}).get("files", {})
-        now = {path: digest for path, digest in contents["files"].items() if digest not in then.values()}
+        now = {named(path): digest for path, digest in contents["files"].items() if digest not in then.values()}
         contents["arms"] = {folder: digest for folder, digest in contents["arms"].items() if folder in arms}
         record[BY_CONTENT] = {**contents, "files": {**then, **now}}
     return record
@@ -272,7 +272,7 @@ def _missing(runs: list[Run], used: list[Run], why: Mapping[Run, str]) -> list[d
     ]
 
 
-def _data(runs: list[Run], earlier: Earlier) -> dict[str, list[str]]:
+def _data(runs: list[Run], earlier: Earlier, named: Callable[[str], str]) -> dict[str, list[str]]:
     """Hashes of the data that the runs were trained and measured on, each with the names of its runs."""
     recorded: dict[str, list[str]] = earlier.record.get("data", {})
     names: dict[str, list[str]] = defaultdict(list)
@@ -282,8 +282,10 @@ def _data(runs: list[Run], earlier: Earlier) -> dict[str, list[str]]:
             lines = [line for line, known in recorded.items() if name in known]
         else:
             trained, measured = summary(run).get("digests", {}), measured_how(run.folder).get("files", {})
-            lines = [f"trained on {path}, sha256 of its tokens and rows {digest}" for path, digest in trained.items()]
-            lines += [f"measured with {path}, sha256 {digest}" for path, digest in measured.items()]
+            lines = [
+                f"trained on {named(path)}, sha256 of its tokens and rows {digest}" for path, digest in trained.items()
+            ]
+            lines += [f"measured with {named(path)}, sha256 {digest}" for path, digest in measured.items()]
         for line in lines:
             names[line].append(name)
     return {line: names[line] for line in sorted(names, key=lambda line: (not line.startswith("trained"), line))}

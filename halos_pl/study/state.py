@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,22 @@ def read_plan(out: Path) -> dict[str, Any]:
     contents = {BY_CONTENT: {"arms": {"*": TEXT}, "files": {"*": TEXT}}}
     cure = "restore it, or name another folder with --out"
     return read_part(out / PLAN, shape, optional=contents, cure=cure) if (out / PLAN).is_file() else {}
+
+
+def by_variable(out: Path) -> Callable[[str], str]:
+    """How records name a path: below a folder that the study names by an environment variable, by that variable.
+
+    Records are committed, and another machine has its data elsewhere.
+    """
+    texts = [(out / name).read_text(encoding="utf-8") for name in (STUDY, OVERRIDES) if (out / name).is_file()]
+    names = dict.fromkeys(re.findall(r"\$\{?(\w+)", "".join(texts)))
+    folders = {name: os.environ.get(name, "").rstrip("/") for name in names}
+
+    def named(path: str) -> str:
+        name = next((name for name, folder in folders.items() if folder and path.startswith(f"{folder}/")), None)
+        return path if name is None else f"${name}{path.removeprefix(folders[name])}"
+
+    return named
 
 
 def diverged(run: Run) -> bool:
