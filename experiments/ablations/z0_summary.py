@@ -206,7 +206,9 @@ def decisions(found: Summaries) -> Iterator[str]:
         of_sets = []
         for data in sets:
             values = [getattr(each, quantity) for each in groups.get((data, arm, STEP), {}).get(size, [])]
-            of_sets.append(f"{data}: {verdict(values, sign)}" + (f" ({with_interval(values)})" if values else ""))
+            by_seed = ", ".join(told(value, "+.2f") for value in values)
+            shown = f" ({with_interval(values)}; seeds {by_seed})" if values else ""
+            of_sets.append(f"{data}: {verdict(values, sign)}{shown}")
         yield f"- {name}: {arm}, step {STEP}, batches of {size}, {quantity} {'<>'[sign > 0]} 0: {'; '.join(of_sets)}"
     for (data, arm, step), by in groups.items():
         if arm == "kto" and step:
