@@ -24,8 +24,9 @@ from computed import replace_computed
 from numpy.typing import NDArray
 from scipy import stats
 
+from halos_pl.study import tables
 from halos_pl.study.read import load_study
-from halos_pl.study.recorded import CLIPPED, read_recorded
+from halos_pl.study.recorded import read_recorded
 from halos_pl.study.results import Results
 from halos_pl.study.run_variance import Runs, run_variance
 from halos_pl.study.spec import StudyError
@@ -231,7 +232,7 @@ def read_arms(folder: Path) -> list[Arm]:
         if len(curves) < len(seeds):
             raise StudyError(f"{folder}: a run of arm {arm.name!r} has no {RHO}")
         achieved = [float(np.mean([math.log(y) for step, y in curve.items() if int(step)])) for curve in curves]
-        shares = [run[CLIPPED] for run in results.figures(arm, "trained") if CLIPPED in run]
+        shares = tables.clipped(results.figures(arm, "trained"))
         clipped = float(np.mean(shares)) if len(shares) == len(seeds) else None
         arms.append(Arm(name[1], float(name[2]), tuple(map(math.exp, achieved)), Runs(values, seeds), clipped))
     if not arms:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,11 @@ class Cut:
     prompt_length: NDArray[np.int64]
     completion_length: NDArray[np.int64]
     gold_length: NDArray[np.int64]
+
+    @cached_property
+    def gold_answers(self) -> Table:
+        """The table with each row's gold answer in its place; rows without one are unchanged."""
+        return self.table.with_rows(self.gold)
 
     @property
     def longer(self) -> NDArray[np.int64]:

@@ -314,7 +314,7 @@ class _Rows(Sequence[TokenizedRow]):
         )
         if cut.gold[place] < 0:
             return row
-        of_gold = _completion(table.with_rows(cut.gold), place, int(cut.gold_length[place]))
+        of_gold = _completion(cut.gold_answers, place, int(cut.gold_length[place]))
         gold = replace(row, **of_gold, desirable=True, pair=-1, control=split.control[True], score=np.nan)
         return replace(row, gold=gold)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -69,7 +69,7 @@ def trained(results: Results) -> dict[str, Any] | None:
     rows = []
     for name, runs in found.items():
         cells = [_range(sorted({run[key] for run in runs if key in run})) for key in AMOUNTS]
-        rows.append({"arm": name, "figures": [*cells, _percent([run[CLIPPED] for run in runs if CLIPPED in run])]})
+        rows.append({"arm": name, "figures": [*cells, _percent(clipped(runs))]})
     return {
         "heads": [*AMOUNTS.values(), "steps with a clipped gradient"],
         "rows": rows,
@@ -101,9 +101,7 @@ def _amounts(results: Results) -> str:
 
 def _clipping(results: Results) -> str:
     """A sentence on arms whose gradients were clipped in very different shares of their steps; empty without such."""
-    found = {
-        arm.name: [run[CLIPPED] for run in results.figures(arm, "trained") if CLIPPED in run] for arm in results.ranked
-    }
+    found = {arm.name: clipped(results.figures(arm, "trained")) for arm in results.ranked}
     ranked = sorted((fmean(shares), arm) for arm, shares in found.items() if shares)
     if not ranked or ranked[-1][0] - ranked[0][0] <= CLIPPED_APART:
         return ""
@@ -113,6 +111,11 @@ def _clipping(results: Results) -> str:
         f" {other}: {100 * most:.0f}%), which changes what an arm learns: raise trainer.gradient_clip_val to compare"
         " objectives."
     )
+
+
+def clipped(runs: Sequence[Mapping[str, float]]) -> list[float]:
+    """The share of clipped steps of each of the runs that have recorded it; ``runs`` are their figures ``trained``."""
+    return [run[CLIPPED] for run in runs if CLIPPED in run]
 
 
 def _percent(shares: Sequence[float]) -> str:
