@@ -12,6 +12,7 @@ from halos_pl.cli.main import main
 from halos_pl.cli.new import FOLDERS, Kind, new
 from halos_pl.common.own_plugins import OwnPluginError, import_own, own_plugins
 from halos_pl.common.renamed import RENAMED
+from halos_pl.conformance import policy_weight
 from halos_pl.conformance.target import load_target
 from halos_pl.objective.build import PARTS, load_objective
 from value_functions import ValueFunction
@@ -70,6 +71,23 @@ def passes(here: Path, kind: Kind, capfd) -> None:
     assert pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(here / "test_own_thing.py")]) == 0
     said = run_here(capfd, ["check", "own_thing.yaml" if kind == "objective" else "OwnThing"])
     assert said.status == 0
+
+
+@pytest.mark.slow
+def test_a_policy_weight_comes_with_a_loss_and_passes_with_it(here: Path, capsys) -> None:
+    new("policy_weight", "OwnWeight")
+    assert pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "test_own_weight.py"]) == 0
+    with pytest.raises(SystemExit):  # it is no HALO
+        main(["check", "own_weight.yaml"])
+    assert policy_weight.VERDICT in capsys.readouterr().out
+
+
+def test_a_policy_weight_alone_is_not_checked(here: Path, capfd) -> None:
+    new("policy_weight", "OwnWeight")
+    for name in ("PairProbability", "OwnWeight", "own_weight.py:OwnWeight"):
+        said = run_here(capfd, ["check", name])
+        assert said.status == 2
+        assert "YAML" in said
 
 
 def test_new_overwrites_nothing_and_refuses_names_of_nothing(here: Path) -> None:

@@ -190,7 +190,8 @@ class Finding:
     def lines(self) -> Iterator[str]:
         for each in self.contrasts:
             yield f"- power, {each.function}: {each.power:.2f} to find equivalence within a factor of {MARGIN}"
-        yield ""
+        if self.contrasts:
+            yield ""
         yield "| value function | target rho | achieved | steps with a clipped gradient | KL, nats | |"
         yield "|---|---|---|---|---|---|"
         for arm in self.arms:

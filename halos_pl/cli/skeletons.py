@@ -147,16 +147,69 @@ model:
 data: {one_completion_per_prompt: false, control_tokens: null}
 """
 
-PLUGINS = {
-    "value_function": _VALUE_FUNCTION,
-    "reward": _REWARD,
-    "reference_point": _REFERENCE_POINT,
-    "feedback": _FEEDBACK,
-    "objective": _OBJECTIVE,
-}
+_POLICY_WEIGHT = '''"""CLASS: a policy weight."""
 
-TESTS = {
-    "plugin": '''"""CLASS passes the clauses of the definition for its kind."""
+from __future__ import annotations
+
+from torch import Tensor
+
+from halos_pl.batch import LogProbBatch
+from halos_pl.objective.policy_weights import PolicyWeight
+
+
+class CLASS(PolicyWeight):
+    """w = 1 / (1 + rate * |r|): a row counts less, the further the policy has moved on it.
+
+    Args:
+        rate: how fast the weight falls, 1 / nats; at least 0.
+
+    Raises:
+        ValueError: if rate is negative.
+    """
+
+    # "loss": the number multiplies the row's weight. "outcome": it multiplies u = r - z0.
+    acts_on = "loss"
+
+    def __init__(self, *, rate: float = 0.1) -> None:
+        super().__init__()
+        if not rate >= 0:
+            raise ValueError(f"CLASS: rate is {rate}; it must be at least 0")
+        self.rate = rate
+
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
+        # rewards: [n] in nats, without gradient; [n, T] with a reward for each token. Return numbers of that shape, at
+        # least 0. What the weight remembers from step to step belongs in get_extra_state.
+        return 1 / (1 + self.rate * rewards.abs())
+'''
+
+_WEIGHTED = """\
+# MODULE: DPO with the policy weight CLASS. Describe the loss and its source here. It is a composite, not a HALO: its
+# weights depend on the policy.
+model:
+  reward: null
+  reference_point: null
+  value_function: null
+  feedback: null
+  reflect_undesirable: null
+  loss_offset: 0.0
+  extra_terms:
+    - class_path: PolicyWeighted
+      init_args:
+        policy_weight: {class_path: CLASS, init_args: {rate: 0.1}}
+        halo: # the HALO to which the weight applies
+          class_path: HALO
+          init_args:
+            reward: {class_path: LogRatio, init_args: {length_normalised: false}}
+            reference_point: PairedCompletion
+            value_function: {class_path: LogSigmoid, init_args: {beta: 0.1}}
+            feedback: {class_path: Pairwise, init_args: {label_smoothing: 0.0}}
+            reflect_undesirable: false
+            loss_offset: 0.0
+  reference_model: null
+data: {one_completion_per_prompt: false, control_tokens: null}
+"""
+
+_TEST = '''"""CLASS passes the clauses of the definition for its kind."""
 
 from MODULE import CLASS
 
@@ -166,8 +219,23 @@ from halos_pl.conformance import parametrize_with_checks
 @parametrize_with_checks([CLASS()])
 def test_it_can_be_part_of_a_halo(check):
     check()
-''',
-    "objective": '''"""MODULE.yaml is a human-aware loss."""
+'''
+
+_TEST_WEIGHT = '''"""DPO with CLASS passes the clauses of a policy weight and its HALO."""
+
+from MODULE import CLASS
+
+from halos_pl import load_objective
+from halos_pl.conformance import parametrize_with_checks
+from halos_pl.objective.policy_weighted import PolicyWeighted
+
+
+@parametrize_with_checks([PolicyWeighted(halo=load_objective("dpo"), policy_weight=CLASS())])
+def test_it_can_weight_a_halo(check):
+    check()
+'''
+
+_TEST_OBJECTIVE = '''"""MODULE.yaml is a human-aware loss."""
 
 from pathlib import Path
 
@@ -176,5 +244,14 @@ from halos_pl.conformance import check_halo
 
 def test_it_is_a_halo():
     assert check_halo(Path(__file__).with_name("MODULE.yaml")).verdict == "halo"
-''',
+'''
+
+#: The files of each kind: first the part or loss itself.
+SKELETONS = {
+    "value_function": {"MODULE.py": _VALUE_FUNCTION, "test_MODULE.py": _TEST},
+    "reward": {"MODULE.py": _REWARD, "test_MODULE.py": _TEST},
+    "reference_point": {"MODULE.py": _REFERENCE_POINT, "test_MODULE.py": _TEST},
+    "feedback": {"MODULE.py": _FEEDBACK, "test_MODULE.py": _TEST},
+    "policy_weight": {"MODULE.py": _POLICY_WEIGHT, "test_MODULE.py": _TEST_WEIGHT, "MODULE.yaml": _WEIGHTED},
+    "objective": {"MODULE.yaml": _OBJECTIVE, "test_MODULE.py": _TEST_OBJECTIVE},
 }

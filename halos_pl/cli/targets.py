@@ -29,7 +29,8 @@ def loaded(target: str, init_args: str | None, command: str) -> Target:
     from halos_pl.cli.objective_file import refuse_as_fit
     from halos_pl.common.experiments import PresetError, config_file, objectives
     from halos_pl.common.own_plugins import OwnPluginError, import_own
-    from halos_pl.conformance.target import KINDS, TargetError, load_target
+    from halos_pl.conformance.target import TargetError, load_target
+    from halos_pl.objective.build import KINDS
 
     path = target
     try:

@@ -23,14 +23,17 @@ from halos_pl.common.experiments import hint, objectives
 from halos_pl.common.messages import cause
 from halos_pl.common.misplaced import misplaced
 from halos_pl.common.parser_errors import cause_in
+from halos_pl.objective.build import KINDS as PLUG_INS
 from halos_pl.objective.build import load_objective, module_of_file
 from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import Objective
+from halos_pl.objective.policy_weights import PolicyWeight
 from halos_pl.objective.reference_points import ReferencePoint
 from halos_pl.objective.rewards import Reward
 from value_functions import ValueFunction
 
 Target = Objective | ValueFunction | ReferencePoint | Reward | Feedback
+#: What can be checked by itself: all plug-ins but policy weights.
 KINDS = (Objective, ValueFunction, ReferencePoint, Reward, Feedback)
 
 
@@ -53,7 +56,7 @@ def one_line(error: BaseException) -> str:
 
 def _imported() -> list[type]:
     """All imported plug-ins."""
-    classes, todo = [], list[type](KINDS)
+    classes, todo = [], [*PLUG_INS]
     while todo:
         cls = todo.pop()
         todo += cls.__subclasses__()
@@ -201,6 +204,12 @@ def as_target(target: object) -> Target:
     kinds = ", ".join(kind.__name__ for kind in KINDS)
     if isinstance(target, str | os.PathLike):
         return load_target(target)
+    cls = target if inspect.isclass(target) else type(target)
+    if issubclass(cls, PolicyWeight):
+        raise TypeError(
+            f"{cls.__name__} is a policy weight, which is checked with the HALO that it weights: name an objective's"
+            f" YAML file, or pass PolicyWeighted(halo=..., policy_weight={cls.__name__}())"
+        )
     if inspect.isclass(target):
         if not issubclass(target, KINDS):
             raise TypeError(f"{target.__name__} is not a class of {kinds}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from itertools import accumulate, pairwise
 from multiprocessing.reduction import ForkingPickler
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
@@ -209,14 +209,10 @@ class RowLabels(NamedTuple):
     gold: bool
 
 
+#: The tensor type of each of these labels.
 _DTYPES = {
-    "desirable": torch.bool,
-    "pair": torch.long,
-    "mismatched": torch.bool,
-    "group": torch.long,
-    "score": torch.float32,
-    "weight": torch.float32,
-    "gold": torch.bool,
+    name: {bool: torch.bool, int: torch.long, float: torch.float32}[kind]
+    for name, kind in get_type_hints(RowLabels).items()
 }
 
 
