@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 #: From the beginning of a command to its first step or measurement; and the parts of training and of measuring.
-START, REFERENCE, TRAINING, HELD_OUT, SAMPLING = "start-up", "reference", "training", "held-out scoring", "sampling"
+START, REFERENCE, TRAINING, SCORING, SAMPLING = "start-up", "reference", "training", "scoring", "sampling"
 
 _seconds: dict[str, float] = {}
 _began = time.monotonic()

@@ -179,7 +179,7 @@ def _measured(module: Evaluation, name: str, task: Task) -> Measured:
     spent.started()
     records = []
     if task.data is not None:
-        with spent.part(spent.HELD_OUT):
+        with spent.part(spent.SCORING):
             records = records_of(module, FeedbackDataModule(**task.data), name)
     if not task.rows:
         return Measured(records, [], [])
@@ -187,9 +187,9 @@ def _measured(module: Evaluation, name: str, task: Task) -> Measured:
     samples, later = _turns(module.scorer.model, module.tokenizer, task, name)
     if module.reference is None:
         return Measured(records, samples, [], later)
-    with spent.part(spent.SAMPLING):
-        kl = kl_of_samples(module.scorer, module.reference, samples, task.sampling["batch_size"])
-    return Measured(records, samples, list(kl), later)
+    with spent.part(spent.SCORING):
+        kl = list(kl_of_samples(module.scorer, module.reference, samples, task.sampling["batch_size"]))
+    return Measured(records, samples, kl, later)
 
 
 def _turns(model: Any, tokenizer: Any, task: Task, name: str, start: bool = False) -> tuple[list[Sample], list[Sample]]:

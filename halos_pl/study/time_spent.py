@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halos_pl.common.files import write
-from halos_pl.common.spent import HELD_OUT, REFERENCE, SAMPLING, START, TRAINING
+from halos_pl.common.spent import REFERENCE, SAMPLING, SCORING, START, TRAINING
 from halos_pl.evaluation.files import MEASURED
 from halos_pl.run_dir import SUMMARY
 from halos_pl.study.spec import Run, Study
@@ -29,12 +29,12 @@ def add_seconds(run: Run, command: str, seconds: float) -> None:
 
 def time_spent(study: Study, out: Path) -> dict[str, float]:
     """Seconds of the study's commands by part, tuning runs included; those without a record are left out."""
-    spent = dict.fromkeys((START, REFERENCE, TRAINING, HELD_OUT, SAMPLING, REST), 0.0)
+    spent = dict.fromkeys((START, REFERENCE, TRAINING, SCORING, SAMPLING, REST), 0.0)
     for run in study.possible_runs(out):
         for command, total in _read(_file(run)).items():
             parts = _read(run.folder / (SUMMARY if command == "fit" else MEASURED)).get("seconds", {})
             for name, seconds in parts.items():
-                spent[name] += seconds
+                spent[name] = spent.get(name, 0.0) + seconds  # parts had other names in earlier versions
             spent[REST] += total - sum(parts.values())
     return spent
 

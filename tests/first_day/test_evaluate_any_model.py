@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from run_halos import binary_data, fit, one_in, pair_data, write_jsonl
 from halos_pl.cli.main import main
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.evaluation import answers as kept
-from halos_pl.evaluation.files import ANSWERS, BEFORE, FILE, ROWS
+from halos_pl.evaluation.files import ANSWERS, BEFORE, FILE, MEASURED, ROWS
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.reference import FixedModel
 from halos_pl.policy.sampling import generate, kl_of_samples
@@ -156,6 +158,17 @@ def test_a_base_model_as_reference_is_asked_in_the_models_chat_template(
         answers.append([line["other"]["answer"] for line in lines(out)])
         assert ("has no chat template" in capsys.readouterr().out) == (number == 0)
     assert answers[0] == answers[1] != answers[2]
+
+
+def test_the_time_of_the_divergence_counts_as_scoring(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(policy: Any, reference: Any, samples: list[Any], batch_size: int) -> Iterator[float]:
+        for _ in samples:
+            time.sleep(0.02)
+            yield 0.0
+
+    monkeypatch.setattr("halos_pl.evaluation.measurement.kl_of_samples", slow)
+    evaluate(home, home / "run", f"--out={home}/slow")
+    assert read(home / "slow", MEASURED)["seconds"]["scoring"] >= 5 * 0.02
 
 
 def test_held_out_data_may_be_a_single_path(home: Path, tiny_folder: Path) -> None:
