@@ -102,6 +102,7 @@ def test_the_choice_is_the_best_finite_mean_and_the_smallest_of_equals(data: Any
     assert choice.value == min(best)
     # At the edge of all that was tried: a larger value that diverged bounds the grid too.
     assert choice.edge == {min(values): "smallest", max(values): "largest"}.get(min(best), "")
+    assert "grid" in choice.summary or not choice.edge
     # Of less than all seeds there is no choice.
     del trials["a", 8][str(values[0])]
     part = choose(tune, "a", trials)

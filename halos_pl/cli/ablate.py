@@ -141,9 +141,8 @@ def ablate(
             missing = [run for run in trials if not earlier.has(run)]
             failed = execute(spec, folder, jobs, keep_checkpoints, runs=missing)
             spec = _decided(spec, folder)
-            for arm in spec.arms if spec.tune else ():
-                chosen = f"{arm.candidate} is chosen" if arm.decided else "no value is chosen"
-                print(plain(f"halos: {arm.name}: {chosen}"))
+            for choice in choices(spec, tuning_in(spec, folder).means):
+                print(plain(f"halos: {choice.summary}"))
             for line in unused(spec, earlier):
                 print(plain(f"halos: {line}"))
             decided = [run for run in spec.runs(folder) if run.arm.decided and not earlier.has(run)]

@@ -57,6 +57,14 @@ class Choice:
             return f"it is not tuned yet: {missing} of {self.planned * len(self.curve)} tuning runs are missing"
         return f"none of its {counted(len(self.curve), 'value')} can be chosen: each has a run that diverged"
 
+    @property
+    def summary(self) -> str:
+        """A line on what is chosen, or why nothing is."""
+        if self.value is None:
+            return f"{self.arm}: no value is chosen: {self.why_not}"
+        chosen = f"{self.arm}: {short_key(self.option)}={text_of(self.value)} is chosen"
+        return f"{chosen}, the {self.edge} of its grid: a wider grid may have a better one" if self.edge else chosen
+
 
 def choose(tune: Tune, arm: str, trials: Trials) -> Choice:
     """The value with the best mean over all seeds, once all tuning runs of the arm have ended.
