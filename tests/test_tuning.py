@@ -148,7 +148,7 @@ def test_arms_are_tuned_first_and_run_with_their_best(
         assert [Path(each).name for each in how["files"]] == [files]
         assert how["evaluate"]["max_length"] == 64  # settings of the report that are no data hold for both
     page = (out / "report.md").read_text()
-    assert "lr of other, 0.2, is the largest of its grid" in page
+    assert "lr is the largest of the grid for other (0.2): widen" in page
     assert "lr of kto" not in page  # its best lies within
     table = page.partition("## Tuning")[2].partition("##")[0]
     assert re.search(r"\| kto \| 0\.4 \| \*\*0\.8\*\* \| 0\.6 \| not tried \| not tried \|", table)

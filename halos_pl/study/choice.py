@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -42,12 +42,6 @@ class Choice:
     edge: str
 
     @property
-    def at_edge(self) -> str:
-        """A sentence if the best value is at the edge of the grid, where a better one may lie beyond it; or empty."""
-        what = f"{short_key(self.option)} of {self.arm}, {text_of(self.value)}"
-        return f"The best {what}, is the {self.edge} of its grid: widen the grid." if self.edge else ""
-
-    @property
     def why_not(self) -> str:
         """Why no value is chosen; empty if one is."""
         if self.value is not None:
@@ -64,6 +58,15 @@ class Choice:
             return f"{self.arm}: no value is chosen: {self.why_not}"
         chosen = f"{self.arm}: {short_key(self.option)}={text_of(self.value)} is chosen"
         return f"{chosen}, the {self.edge} of its grid: a wider grid may have a better one" if self.edge else chosen
+
+
+def at_edge(found: Sequence[Choice]) -> str:
+    """A sentence on arms whose best value is at the edge of their grid, where a better one may lie beyond; or empty."""
+    ends = []
+    for edge in ("smallest", "largest"):
+        if arms := [f"{each.arm} ({text_of(each.value)})" for each in found if each.edge == edge]:
+            ends.append(f"the {edge} of the grid for {'; '.join(arms)}")
+    return f"The best {short_key(found[0].option)} is {', and '.join(ends)}: widen the grid." if ends else ""
 
 
 def choose(tune: Tune, arm: str, trials: Trials) -> Choice:

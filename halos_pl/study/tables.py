@@ -9,7 +9,7 @@ from typing import Any
 
 from halos_pl.common.messages import counted
 from halos_pl.evaluation.metrics import metric_of
-from halos_pl.study.choice import Choice
+from halos_pl.study.choice import Choice, at_edge
 from halos_pl.study.digits import short
 from halos_pl.study.recorded import AMOUNTS, CLIPPED
 from halos_pl.study.results import Results
@@ -56,9 +56,9 @@ def _cell(choice: Choice, value: Any) -> dict[str, Any]:
 
 
 def notes(results: Results) -> list[str]:
-    """A sentence for each arm whose choice is at the edge of its values, and for each without a choice."""
-    lines = [choice.at_edge or (choice.why_not and f"{choice.arm}: {choice.why_not}.") for choice in results.choices]
-    return [line for line in lines if line]
+    """A sentence on arms whose choice is at the edge of their values, and one for each arm without a choice."""
+    untuned = [f"{choice.arm}: {choice.why_not}." for choice in results.choices if choice.why_not]
+    return [*filter(None, [at_edge(results.choices)]), *untuned]
 
 
 def trained(results: Results) -> dict[str, Any] | None:
