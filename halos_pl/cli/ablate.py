@@ -140,8 +140,9 @@ def ablate(
                 print(plain(f"halos: {line}"))
             missing = [run for run in trials if not earlier.has(run)]
             failed = execute(spec, folder, jobs, keep_checkpoints, runs=missing)
-            spec = _decided(spec, folder)
-            for choice in choices(spec, tuning_in(spec, folder).means):
+            means = tuning_in(spec, folder).means
+            spec = tuned(spec, means)
+            for choice in choices(spec, means):
                 print(plain(f"halos: {choice.summary}"))
             for line in unused(spec, earlier):
                 print(plain(f"halos: {line}"))
