@@ -17,6 +17,7 @@ from run_halos import ROOT, metrics, pair_data
 from halos_pl.cli.ablate import Parsers
 from halos_pl.cli.main import main
 from halos_pl.common.experiments import EXPERIMENTS, presets, shipped_name
+from halos_pl.study.planned_power import hopeless
 from halos_pl.study.preflight import check
 from halos_pl.study.read import load_study
 from halos_pl.study.spec import Study, StudyError
@@ -179,7 +180,9 @@ def test_a_study_at_the_papers_scale_keeps_its_objective(path: Path, monkeypatch
     monkeypatch.chdir(ROOT)
     own_data = path.stem == "contradictions"
     over = ROOT / "experiments/ablations" / f"{'paper_model' if own_data else 'paper_scale'}.yaml"
-    arm = load_study(path, over).arms[0]
+    study = load_study(path, over)
+    arm = study.arms[0]
+    assert own_data or hopeless(study, 1024) is None  # it starts without --anyway
     with pytest.raises(SystemExit) as ended:
         main([*arm.words("unused", 0), "--print_config"])
     assert ended.value.code == 0

@@ -194,14 +194,14 @@ def test_the_summary_counts_clamped_batches_and_the_bias_they_add(z0_bias, z0_su
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 6])
-def test_larger_batches_are_composed_of_different_blocks(z0_bias, z0_summary, k):
-    """As often as each other: the figures are those of all sets of k blocks."""
+def test_larger_batches_are_composed_of_independent_blocks(z0_bias, z0_summary, k):
+    """Each block as often as any other: the figures are those of all tuples of k blocks."""
     blocks = np.random.default_rng(3).normal(-0.3, 1.0, 6)
     found = z0_summary.summaries(lines(z0_bias, "mismatched", list(blocks)), [4 * k])
     (summary,) = found.values()
-    every = np.array([np.mean(some) for some in itertools.combinations(blocks, k)])
+    every = np.array([np.mean(some) for some in itertools.product(blocks, repeat=k)])
     assert summary.mean == pytest.approx(every.mean())
-    error = 5 / math.sqrt(z0_summary.SETS)
+    error = 5 / math.sqrt(z0_summary.DRAWS)
     assert summary.clamped == pytest.approx((every < 0).mean(), abs=0.5 * error)
     assert summary.used == pytest.approx(every.clip(min=0).mean(), abs=every.clip(min=0).std() * error + 1e-12)
     assert summary.seconds == k * 2.5

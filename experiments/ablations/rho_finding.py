@@ -61,7 +61,7 @@ class Arm:
 
     @property
     def on_target(self) -> bool:
-        return 1 / (1 + OFF) <= self.mean_rho / self.target <= 1 + OFF
+        return abs(self.mean_rho / self.target - 1) <= OFF
 
     @property
     def log_kl(self) -> Values:
@@ -200,7 +200,8 @@ class Finding:
             clipped = "–" if arm.clipped is None else f"{100 * arm.clipped:.0f} %"
             yield f"| {arm.function} | {arm.target:g} | {arm.mean_rho:.3g} | {clipped} | {kl} | {off} |"
         if self.kept:
-            shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.explained().items())
+            explained = self.explained().items()
+            shares = ", ".join(f"{name} {round(100 * share, 1) + 0.0:.1f} %" for name, share in explained)
             yield ""
             yield f"- variance of log KL, seeds apart: {shares}"
         for each in self.contrasts:

@@ -5,8 +5,8 @@
 
 A batch of 4k rows is composed of k of a run's blocks, and its estimate is the mean of theirs: each row keeps a
 completion of another prompt. ``halos fit`` draws these completions from the whole batch instead of the block, which
-leaves the law of each row as it is. Clamp rate and mean of max(0, estimate) are averages over 4000 random sets of k
-different blocks, the spread is that of a block divided by sqrt(k). Prints the table, and the decisions that the header
+leaves the law of each row as it is. Clamp rate and mean of max(0, estimate) are averages over 4000 random draws of k
+blocks with replacement, the spread is that of a block divided by sqrt(k). Prints the table, and the decisions that the header
 of ablations/z0.yaml announces.
 """
 
@@ -32,8 +32,8 @@ from z0_bias import BLOCK, MISMATCHED, SAMPLES, Line, lines_of
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-#: Random sets of blocks for each batch size.
-SETS = 4000
+#: Random batches for each batch size.
+DRAWS = 4000
 
 
 class Place(NamedTuple):
@@ -71,11 +71,15 @@ class Summary:
 
 
 def composed(blocks: NDArray[np.float64], k: int) -> NDArray[np.float64]:
-    """Estimates of batches of ``k`` blocks: means of random sets of different blocks; the blocks themselves for 1."""
+    """Estimates of batches of ``k`` blocks; the blocks themselves for 1.
+
+    Blocks are drawn with replacement: the mean of k different ones of n has a variance that is too small by the factor
+    (n - k) / (n - 1).
+    """
     if k == 1:
         return blocks
-    order = np.random.default_rng(0).random((SETS, len(blocks))).argpartition(k - 1, axis=1)[:, :k]
-    means: NDArray[np.float64] = blocks[order].mean(axis=1)
+    drawn = np.random.default_rng(0).integers(len(blocks), size=(DRAWS, k))
+    means: NDArray[np.float64] = blocks[drawn].mean(axis=1)
     return means
 
 
