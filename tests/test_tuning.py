@@ -21,7 +21,7 @@ from tuned_studies import LR, OBJECTIVE, Fakes, faked, maker, pairs
 
 from halos_pl.cli.ablate import Parsers
 from halos_pl.cli.main import main
-from halos_pl.study.choice import choose
+from halos_pl.study.choice import at_edge, choose
 from halos_pl.study.preflight import check
 from halos_pl.study.read import load_study
 from halos_pl.study.recorded import VALUES, Recorded, read_recorded, write_recorded
@@ -100,9 +100,12 @@ def test_the_choice_is_the_best_finite_mean_and_the_smallest_of_equals(data: Any
         return
     best = [value for value, mean in finite.items() if mean == max(finite.values())]
     assert choice.value == min(best)
-    # At the edge of all that was tried: a larger value that diverged bounds the grid too.
-    assert choice.edge == {min(values): "smallest", max(values): "largest"}.get(min(best), "")
-    assert "grid" in choice.summary or not choice.edge
+    assert choice.best == tuple(sorted(best))
+    # At the edge of all that was tried: a larger value that diverged bounds the grid too. One of several equals may be.
+    ends = [name for name, end in (("smallest", min(values)), ("largest", max(values))) if end in best]
+    assert choice.edge == (ends or [""])[0]
+    assert ("grid" in choice.summary) == bool(ends)
+    assert bool(at_edge([choice])) == bool(ends)
     # Of less than all seeds there is no choice.
     del trials["a", 8][str(values[0])]
     part = choose(tune, "a", trials)
@@ -315,6 +318,18 @@ def test_a_validation_split_shares_no_prompt_with_other_data(make: Any, tmp_path
     write_jsonl(validation, [{"prompt": turns, "chosen": "a b", "rejected": "c"}])
     evaluate = {"held_out": [str(tmp_path / "held_out.jsonl")], "prompts": str(tmp_path / "prompts.txt")}
     _refused(make(**alone, evaluate=evaluate), f"{validation}:1 (there {tmp_path}/prompts.txt:2)", "1 prompt ")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoints_are_not_chosen_by_the_data_of_the_report(make: Any, tmp_path: Path) -> None:
+    monitored = tmp_path / "monitored.jsonl"
+    write_jsonl(monitored, pairs("monitored", 3))
+    arms = {"kto": {"objective": f"{OBJECTIVE}/kto.yaml", "data.validation": str(monitored)}}
+    check(load_study(make(arms=arms, tune=None)), Parsers())
+    write_jsonl(monitored, [*pairs("monitored", 3), {"prompt": "report  2 ", "chosen": "a", "rejected": "b"}])
+    _refused(
+        make(arms=arms, tune=None), "data.validation: 1 prompt of its validation data is also", "held_out.jsonl:3"
+    )
 
 
 def _refused(path: Path, *said: str) -> None:

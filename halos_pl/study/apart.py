@@ -1,4 +1,4 @@
-"""Checks that a validation split shares no prompt with the training data and with those of the report."""
+"""Checks that validation data share no prompt with the data of the report and, for tuning, with the training data."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ SHOWN = 3
 def check_apart(
     place: str, validation: Mapping[str, Any], arguments: Mapping[str, Any], trained_on: list[tuple[str, list[Source]]]
 ) -> None:
-    """Refuses a validation split that shares a prompt with other data: an example is everything about one prompt.
+    """Refuses a tuning split that shares a prompt with other data: an example is everything about one prompt.
 
     Args:
-        place: file and line of ``tune``.
+        place: file, line and key of ``tune``.
         validation: arguments of ``halos evaluate`` for the tuning runs.
         arguments: those for the report.
         trained_on: sources of the training data by arm.
@@ -41,18 +41,41 @@ def check_apart(
     Raises:
         StudyError: names the rows.
     """
-    own: dict[str, str] = {}
     seen: list[list[Source]] = []
     try:
-        for key, row in _prompts_of(validation):
-            own.setdefault(key, row)
+        own = _by_prompt(_prompts_of(validation))
         _refuse(place, own, _prompts_of(arguments), "the data of the report (evaluate)")
         for arm, sources in trained_on:
             if sources not in seen:
                 seen.append(sources)
                 _refuse(place, own, _prompts_in(sources), f"the training data of arm {arm!r}")
     except (DataError, OSError) as error:
-        raise StudyError(f"{place}: tune: {error}") from error
+        raise StudyError(f"{place}: {error}") from error
+
+
+def check_monitored(place: str, sources: list[Source], arguments: Mapping[str, Any]) -> None:
+    """Refuses ``data.validation`` that shares a prompt with the report: checkpoints and stops may be chosen by it.
+
+    Args:
+        place: file, line and key of the arm's ``data.validation``.
+        sources: its sources.
+        arguments: arguments of ``halos evaluate`` for the report.
+
+    Raises:
+        StudyError: names the rows.
+    """
+    try:
+        _refuse(place, _by_prompt(_prompts_in(sources)), _prompts_of(arguments), "the data of the report (evaluate)")
+    except (DataError, OSError) as error:
+        raise StudyError(f"{place}: {error}") from error
+
+
+def _by_prompt(prompts: Iterator[tuple[str, str]]) -> dict[str, str]:
+    """The first row of each prompt."""
+    rows: dict[str, str] = {}
+    for key, row in prompts:
+        rows.setdefault(key, row)
+    return rows
 
 
 def _refuse(place: str, own: Mapping[str, str], others: Iterator[tuple[str, str]], what: str) -> None:
@@ -65,7 +88,7 @@ def _refuse(place: str, own: Mapping[str, str], others: Iterator[tuple[str, str]
         more = f" and {len(shared) - SHOWN} more" if len(shared) > SHOWN else ""
         number = f"{counted(len(shared), 'prompt')} of its validation data {'is' if len(shared) == 1 else 'are'}"
         raise StudyError(
-            f"{place}: tune: {number} also in {what}: {', '.join(rows)}{more}; remove these rows on one side"
+            f"{place}: {number} also in {what}: {', '.join(rows)}{more}; remove these rows on one side"
         )
 
 

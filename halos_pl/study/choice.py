@@ -30,16 +30,27 @@ class Choice:
         option: the tuned option.
         curve: for each value that the arm tries, the mean of the metric for each finished seed.
         planned: number of seeds of each value.
-        value: the chosen value; None if there is none (yet).
-        edge: ``smallest`` or ``largest`` if the chosen value is at that end of the arm's numbers, otherwise empty.
+        best: the values with the best mean, of which the first is chosen; empty if there is none (yet).
     """
 
     arm: str
     option: str
     curve: Mapping[Value, tuple[float, ...]]
     planned: int
-    value: Value | None
-    edge: str
+    best: tuple[Value, ...]
+
+    @property
+    def value(self) -> Value | None:
+        """The chosen value; None if there is none (yet)."""
+        return self.best[0] if self.best else None
+
+    @property
+    def edge(self) -> str:
+        """``smallest`` or ``largest`` if one of the best values is at that end of the arm's numbers, otherwise empty."""
+        values = [*self.curve]
+        if not is_numeric(values):
+            return ""
+        return "smallest" if values[0] in self.best else "largest" if values[-1] in self.best else ""
 
     @property
     def why_not(self) -> str:
@@ -57,37 +68,45 @@ class Choice:
         if self.value is None:
             return f"{self.arm}: no value is chosen: {self.why_not}"
         chosen = f"{self.arm}: {short_key(self.option)}={text_of(self.value)} is chosen"
-        return f"{chosen}, the {self.edge} of its grid: a wider grid may have a better one" if self.edge else chosen
+        if len(self.best) > 1:
+            chosen += f"; as good: {', '.join(map(text_of, self.best[1:]))}"
+        if self.edge:
+            chosen += f"; the {self.edge} of its grid is best: a wider grid may have a better one"
+        return chosen
 
 
 def at_edge(found: Sequence[Choice]) -> str:
     """A sentence on arms whose best value is at the edge of their grid, where a better one may lie beyond; or empty."""
     ends = []
     for edge in ("smallest", "largest"):
-        if arms := [f"{each.arm} ({text_of(each.value)})" for each in found if each.edge == edge]:
+        if arms := [f"{each.arm} ({_at_end(each)})" for each in found if each.edge == edge]:
             ends.append(f"the {edge} of the grid for {'; '.join(arms)}")
     return f"The best {short_key(found[0].option)} is {', and '.join(ends)}: widen the grid." if ends else ""
+
+
+def _at_end(choice: Choice) -> str:
+    """The value at the edge, and the chosen one if another is as good."""
+    end = [*choice.curve][0 if choice.edge == "smallest" else -1]
+    return text_of(end) + ("" if end == choice.value else f", as good as {text_of(choice.best[0])}")
 
 
 def choose(tune: Tune, arm: str, trials: Trials) -> Choice:
     """The value with the best mean over all seeds, once all tuning runs of the arm have ended.
 
-    A value with a NaN is never chosen. Of values with the same mean, the first is: the smallest number.
+    A value with a NaN is never chosen. Of values with the same mean, the first is: of numbers, the smallest.
     """
     by_seed = [trials.get((arm, seed), {}) for seed in tune.seeds]
     curve = {
         value: tuple(each[text_of(value)] for each in by_seed if text_of(value) in each) for value in tune.values[arm]
     }
-    best: Value | None = None
+    best: tuple[Value, ...] = ()
     if all(len(each) == len(tune.seeds) for each in curve.values()):
         sign = 1 if metric_of(tune.metric).higher_is_better else -1
         means = {value: sign * fmean(each) for value, each in curve.items()}
         finite = {value: mean for value, mean in means.items() if math.isfinite(mean)}
         top = max(finite.values(), default=math.nan)
-        best = next((value for value, mean in finite.items() if math.isclose(mean, top, rel_tol=TIE)), None)
-    values = [*curve]
-    ends: dict[Value, str] = {values[0]: "smallest", values[-1]: "largest"} if is_numeric(values) else {}
-    return Choice(arm, tune.option, curve, len(tune.seeds), best, "" if best is None else ends.get(best, ""))
+        best = tuple(value for value, mean in finite.items() if math.isclose(mean, top, rel_tol=TIE))
+    return Choice(arm, tune.option, curve, len(tune.seeds), best)
 
 
 def choices(study: Study, trials: Trials) -> list[Choice]:

@@ -29,7 +29,7 @@ from halos_pl.evaluation.metrics import CODE, metric_of
 from halos_pl.evaluation.precision import trained_in
 from halos_pl.evaluation.win_rates import win_rates_of
 from halos_pl.policy.spec import ModelError
-from halos_pl.study.apart import check_apart
+from halos_pl.study.apart import check_apart, check_monitored
 from halos_pl.study.contents import config_by_content, digest, is_users
 from halos_pl.study.control import measured_on
 from halos_pl.study.held_out import check_held_out
@@ -112,8 +112,8 @@ def check(study: Study, line: CommandLine) -> Checked:
 
     Raises:
         StudyError: for the first arm that is not valid, two arms with the same config, and anything that cannot be
-            measured; for a validation split that is not apart from the training data and the report's; and for a
-            control that cannot be the study's.
+            measured; for validation data that are not apart from the report's or, for tuning, from those of training;
+            and for a control that cannot be the study's.
     """
     try:
         assumed(study)
@@ -127,6 +127,7 @@ def check(study: Study, line: CommandLine) -> Checked:
         _check_evaluation(study.validation, validating)
     trained_on: list[tuple[str, list[Source]]] = []
     arms: dict[str, CheckedArm] = {}
+    apart: list[list[Source]] = []
     by_digest: dict[str, Arm] = {}
     first: Any = None
     known: dict[str, str] = {}
@@ -142,6 +143,9 @@ def check(study: Study, line: CommandLine) -> Checked:
             by_digest[checked.digest] = arm
             arms[arm.title] = checked
             trained_on.append((arm.name, cli.datamodule.sources["train"]))
+            if (monitored := cli.datamodule.sources["validation"]) and monitored not in apart:
+                check_monitored(f"{study.path}:{arm.line}: arm {arm.title!r}: data.validation", monitored, arguments)
+                apart.append(monitored)
             precisions.setdefault(str(cli.trainer.precision), arm.name)
             first = first or cli
         if arguments["precision"] == "as_trained":
@@ -149,7 +153,7 @@ def check(study: Study, line: CommandLine) -> Checked:
         held_out = check_held_out(study, arguments, first.model.tokenizer, first.datamodule)
         if validating is not None:
             check_held_out(study.validation, validating, first.model.tokenizer, first.datamodule)
-            check_apart(study.places["tune"], validating, arguments, trained_on)
+            check_apart(f"{study.places['tune']}: tune", validating, arguments, trained_on)
     how = measuring(arguments)
     lacking = None
     if (control := control_of(study, measured_on(how))) is not None and not control.holds:

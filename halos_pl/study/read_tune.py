@@ -106,7 +106,8 @@ def _metric(metric: Any, evaluate: Mapping[str, Any], fault: Fault) -> str:
     """A metric that can decide."""
     if metric not in METRICS:
         better = ", ".join(name for name, each in METRICS.items() if each.higher_is_better is not None)
-        raise fault(f"tune cannot choose by {metric!r}; set tune.metric to one of {better}", "tune", "metric")
+        why = f"tune cannot choose by {metric!r}, which is not measured on feedback or prompts; set tune.metric"
+        raise fault(f"{why} to one of {better}", "tune", "metric")
     if METRICS[metric].higher_is_better is None:
         raise fault(f"tune cannot choose by {metric}, which is better neither high nor low", "tune", "metric")
     needed = metric if metric in CODE else "win_rate" if metric in BY_JUDGE else None
