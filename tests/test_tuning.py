@@ -327,9 +327,7 @@ def test_checkpoints_are_not_chosen_by_the_data_of_the_report(make: Any, tmp_pat
     arms = {"kto": {"objective": f"{OBJECTIVE}/kto.yaml", "data.validation": str(monitored)}}
     check(load_study(make(arms=arms, tune=None)), Parsers())
     write_jsonl(monitored, [*pairs("monitored", 3), {"prompt": "report  2 ", "chosen": "a", "rejected": "b"}])
-    _refused(
-        make(arms=arms, tune=None), "data.validation: 1 prompt of its validation data is also", "held_out.jsonl:3"
-    )
+    _refused(make(arms=arms, tune=None), "data.validation: 1 prompt of its validation data is also", "held_out.jsonl:3")
 
 
 def _refused(path: Path, *said: str) -> None:

@@ -32,7 +32,7 @@ from halos_pl.study.run_variance import Runs, run_variance
 from halos_pl.study.spec import StudyError
 
 Values = NDArray[np.float64]
-BASELINE, METRIC, RHO = "logistic", "kl_held_out", "training/rho"
+BASELINE, METRIC = "logistic", "kl_held_out"
 #: Largest ratio of KL divergences that counts as equivalent, largest deviation from the target rho, and error rate.
 MARGIN, OFF, LEVEL = 1.1, 0.1, 0.05
 
@@ -230,13 +230,13 @@ def read_arms(folder: Path) -> list[Arm]:
         values = results.values(METRIC, arm, seeds)
         if values is None:
             continue
-        curves = results.figures(arm, RHO)
-        if len(curves) < len(seeds):
-            raise StudyError(f"{folder}: a run of arm {arm.name!r} has no {RHO}")
-        achieved = [float(np.mean([math.log(y) for step, y in curve.items() if int(step)])) for curve in curves]
+        curves = map(tables.balance, results.figures(arm, tables.RHO))
+        achieved = [each for each in curves if each is not None]
+        if len(achieved) < len(seeds):
+            raise StudyError(f"{folder}: a run of arm {arm.name!r} has no {tables.RHO}")
         shares = tables.clipped(results.figures(arm, "trained"))
         clipped = float(np.mean(shares)) if len(shares) == len(seeds) else None
-        arms.append(Arm(name[1], float(name[2]), tuple(map(math.exp, achieved)), Runs(values, seeds), clipped))
+        arms.append(Arm(name[1], float(name[2]), tuple(achieved), Runs(values, seeds), clipped))
     if not arms:
         raise StudyError(f"{folder}: no finished run")
     return arms

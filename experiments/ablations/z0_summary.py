@@ -6,8 +6,8 @@
 A batch of 4k rows is composed of k of a run's blocks, and its estimate is the mean of theirs: each row keeps a
 completion of another prompt. ``halos fit`` draws these completions from the whole batch instead of the block, which
 leaves the law of each row as it is. Clamp rate and mean of max(0, estimate) are averages over 4000 random draws of k
-blocks with replacement, the spread is that of a block divided by sqrt(k). Prints the table, and the decisions that the header
-of ablations/z0.yaml announces.
+blocks with replacement, the spread is that of a block divided by sqrt(k). Prints the table, and the decisions that the
+header of ablations/z0.yaml announces.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def differences(values: Values) -> dict[Cell, Difference]:
 
 
 def over_chance(values: Values) -> dict[Cell, Difference]:
-    """The primary metric minus 1/2 where the least is turned round and the most is kept; p is not given."""
+    """The primary metric minus 1/2 where the least is flipped and the most is kept; p is not given."""
     sweep, by_seed, by_prompt = values.sweep, values.seeds(), values.of_prompts()
     found = {}
     for cell, rounds in by_prompt.items():

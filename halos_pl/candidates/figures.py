@@ -55,7 +55,7 @@ def heat_map(sweep: Sweep, found: Mapping[Cell, Difference]) -> Figure | None:
     for axis in drawn:
         last = axis.get_subplotspec().is_last_row()
         axis.set_xlabel("chosen completions kept" if last else "", fontsize=9)
-        axis.set_ylabel("preferences turned round" if axis.get_subplotspec().is_first_col() else "", fontsize=9)
+        axis.set_ylabel("preferences flipped" if axis.get_subplotspec().is_first_col() else "", fontsize=9)
     bar = figure.colorbar(image, ax=drawn, shrink=0.7)
     bar.set_label(f"difference of {sweep.primary}", fontsize=9)
     bar.ax.tick_params(labelsize=8)
@@ -86,7 +86,7 @@ def lines(sweep: Sweep, found: Mapping[Cell, Mean]) -> Figure | None:
         if axis.get_subplotspec().is_first_col():
             axis.set_ylabel(sweep.primary, fontsize=9)
         if axis.get_subplotspec().is_last_row():
-            axis.set_xlabel("preferences turned round", fontsize=9)
+            axis.set_xlabel("preferences flipped", fontsize=9)
     names = [*map(label, handles)]
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": 3, "frameon": False, "fontsize": 9}
     figure.legend([*handles.values()], names, title="bars: standard deviation over seeds", title_fontsize=8, **place)

@@ -169,7 +169,7 @@ def _cells(
         yield ""
         if axes:
             yield f"### {axes_name(spec, axes)}\n"
-        yield f"| turned round | chosen kept | {' | '.join(heads)} |"
+        yield f"| flipped | chosen kept | {' | '.join(heads)} |"
         yield f"|{'---|' * (2 + len(heads))}"
         for cell in dict.fromkeys(cell.point for cell in spec.cells if cell.axes == axes):
             row = [f"{cell.noise:.0%}", f"{cell.desirable:.0%}"]
@@ -213,7 +213,7 @@ def _others(spec: Sweep, values: Values) -> Iterator[str]:
     yield "; ".join(f"{name}: {METRICS[name]}" for name in names) + "."
     yield ""
     point = [key.rpartition(".")[2] for key in spec.axes]
-    yield f"| arm | {' | '.join([*point, 'turned round', 'chosen kept', *names])} |"
+    yield f"| arm | {' | '.join([*point, 'flipped', 'chosen kept', *names])} |"
     yield f"|{'---|' * (3 + len(point) + len(names))}"
     for cell, seeds in by_seed.items():
         if seeds:

@@ -45,7 +45,7 @@ class Cell(NamedTuple):
     Attributes:
         arm: its name.
         axes: values of the axes.
-        noise: share of the preferences that are turned round.
+        noise: share of the preferences that are flipped.
         desirable: share of the chosen completions that are kept.
     """
 
@@ -79,7 +79,7 @@ class Sweep:
         tune_seeds: number of other seeds, which choose rates.
         steps: steps of each fit.
         axes: values of settings of all objectives, by dotted key; all combinations are tried.
-        noise: shares of a seed's preferences that are turned round.
+        noise: shares of a seed's preferences that are flipped.
         desirable: shares of the chosen completions that are kept.
         words: number of hashed words among the features, beside length and log pi_ref per token; or ``free``: a logit
             of its own for each candidate, and no features.

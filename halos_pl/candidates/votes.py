@@ -55,7 +55,7 @@ def draw(
 ) -> Votes:
     """What each seed sees of some preferences.
 
-    A seed draws ``count`` preferences without replacement, turns round(noise * count) of them round, and keeps the
+    A seed draws ``count`` preferences without replacement, flips round(noise * count) of them, and keeps the
     chosen completion of round(desirable * count), but at least 1. Which of them does not depend on ``paired``, and
     with other settings it changes as little as possible.
 
@@ -63,7 +63,7 @@ def draw(
         pairs: LongTensor [m, 2], places of chosen and rejected.
         seeds: a fit each.
         count: number of preferences, at most m.
-        noise: share of the preferences that are turned round, in [0, 1].
+        noise: share of the preferences that are flipped, in [0, 1].
         desirable: share of the chosen completions that are kept, in (0, 1].
         paired: for losses that compare pairs: leaves out rejected completions whose chosen one is left out.
 

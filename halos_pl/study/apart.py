@@ -87,9 +87,7 @@ def _refuse(place: str, own: Mapping[str, str], others: Iterator[tuple[str, str]
         rows = [f"{mine} (there {other})" for mine, other in [*shared.items()][:SHOWN]]
         more = f" and {len(shared) - SHOWN} more" if len(shared) > SHOWN else ""
         number = f"{counted(len(shared), 'prompt')} of its validation data {'is' if len(shared) == 1 else 'are'}"
-        raise StudyError(
-            f"{place}: {number} also in {what}: {', '.join(rows)}{more}; remove these rows on one side"
-        )
+        raise StudyError(f"{place}: {number} also in {what}: {', '.join(rows)}{more}; remove these rows on one side")
 
 
 def _prompts_of(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -46,7 +46,7 @@ class Choice:
 
     @property
     def edge(self) -> str:
-        """``smallest`` or ``largest`` if one of the best values is at that end of the arm's numbers, otherwise empty."""
+        """``smallest`` or ``largest`` if one of the best values is at that end of the arm's numbers, else empty."""
         values = [*self.curve]
         if not is_numeric(values):
             return ""

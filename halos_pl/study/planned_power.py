@@ -171,10 +171,8 @@ def _size(metric: str, effect: float) -> str:
 def hopeless(study: Study, examples: int) -> str | None:
     """One line if the study would probably miss the difference that it names, with what would help.
 
-    A study that names none is judged by the largest difference that there is: all points of a share.
-
     Args:
-        study: the study; of several seeds, it is not judged if the metric's variances are unknown.
+        study: the study; one that names no difference, or whose variances are unknown, is not judged.
         examples: prompts of the primary metric.
 
     Raises:
@@ -182,10 +180,8 @@ def hopeless(study: Study, examples: int) -> str | None:
     """
     if len(study.arms) < 2:
         return None
-    if len(study.seeds) == 1:
-        return "the planned power is hopeless: no difference can be significant over one seed; list more seeds"
     # The difference that is looked for, otherwise the margin; of assumed variances, the most favourable.
-    found = [each for assumption in assumed(study) for each in _judged(study, assumption, examples)[:1]]
+    found = [each for assumption in assumed(study) for each in _named(study, assumption, examples)[:1]]
     best = max(found, key=lambda each: each.power, default=None)
     if best is None or best.power >= HOPELESS:
         return None
@@ -209,15 +205,6 @@ def _named(study: Study, assumption: tuple[str, float, float, float], examples: 
     ]
 
 
-def _judged(study: Study, assumption: tuple[str, float, float, float], examples: int) -> list[_Planned]:
-    """What the study names, otherwise the largest difference of its metric; empty if that has no limit."""
-    largest = 1.0 if is_share(study.primary) else FARTHEST if study.primary in RATIOS else None
-    if (named := _named(study, assumption, examples)) or largest is None:
-        return named
-    size = len(study.arms), len(study.seeds), examples
-    return [_Planned(study.primary, assumption, largest, False, *size, named=False)]
-
-
 @dataclass(frozen=True)
 class _Planned:
     """A study of some size, and how probably it decides on a difference.
@@ -228,7 +215,6 @@ class _Planned:
         effect: the difference, on the scale of the test.
         margin: whether it is a margin, within which arms without a difference shall be called equivalent.
         arms, seeds, examples: the size.
-        named: whether the study names the difference; otherwise it is the largest that there is.
     """
 
     metric: str
@@ -238,7 +224,6 @@ class _Planned:
     arms: int
     seeds: int
     examples: int
-    named: bool = True
 
     @property
     def power(self) -> float:
@@ -254,9 +239,7 @@ class _Planned:
     def what(self) -> str:
         """What the power is for."""
         size = _size(self.metric, self.effect)
-        if self.margin:
-            return f"to call equal arms equivalent within {size}"
-        return f"for {size}, the effect in question" if self.named else f"even for {size}, the largest difference"
+        return f"to call equal arms equivalent within {size}" if self.margin else f"for {size}, the effect in question"
 
     @property
     def help(self) -> str:

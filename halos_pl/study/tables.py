@@ -15,8 +15,12 @@ from halos_pl.study.recorded import AMOUNTS, CLIPPED
 from halos_pl.study.results import Results
 from halos_pl.study.tune import is_numeric, text_of
 
+#: The balance of the classes, by step.
+RHO = "training/rho"
 #: Difference in the share of clipped steps that the report points out.
 CLIPPED_APART = 0.25
+#: Ratio of two arms' balances of the classes that the report points out.
+BALANCES_APART = 1.1
 
 
 def tuning(results: Results) -> dict[str, Any] | None:
@@ -66,12 +70,12 @@ def trained(results: Results) -> dict[str, Any] | None:
     found = {arm.name: results.figures(arm, "trained") for arm in results.ranked}
     if not any(found.values()):
         return None
-    rows = []
+    rows, balances = [], _balances(results)
     for name, runs in found.items():
         cells = [_range(sorted({run[key] for run in runs if key in run})) for key in AMOUNTS]
-        rows.append({"arm": name, "figures": [*cells, _percent(clipped(runs))]})
+        rows.append({"arm": name, "figures": [*cells, _percent(clipped(runs)), _balance(balances.get(name, []))]})
     return {
-        "heads": [*AMOUNTS.values(), "steps with a clipped gradient"],
+        "heads": [*AMOUNTS.values(), "steps with a clipped gradient", "ρ"],
         "rows": rows,
         "differ": " ".join(unequal(results)),
     }
@@ -79,7 +83,7 @@ def trained(results: Results) -> dict[str, Any] | None:
 
 def unequal(results: Results) -> list[str]:
     """A sentence on each way in which the arms were trained differently beside their settings."""
-    return list(filter(None, (_amounts(results), _clipping(results))))
+    return list(filter(None, (_amounts(results), _clipping(results), _weighting(results))))
 
 
 def _amounts(results: Results) -> str:
@@ -111,6 +115,42 @@ def _clipping(results: Results) -> str:
         f" {other}: {100 * most:.0f}%), which changes what an arm learns: raise trainer.gradient_clip_val to compare"
         " objectives."
     )
+
+
+def _weighting(results: Results) -> str:
+    """A sentence on arms in which the classes pull with different balance; empty without such."""
+    ranked = sorted((_mean(each), arm) for arm, each in _balances(results).items())
+    if not ranked or ranked[-1][0] / ranked[0][0] <= BALANCES_APART:
+        return ""
+    (least, one), (most, other) = ranked[0], ranked[-1]
+    return (
+        f"The arms also differ in ρ, how hard desirable rows pull compared with undesirable ones ({one}: {least:.2f};"
+        f" {other}: {most:.2f}): differences between arms may come from this alone, whatever else their losses do."
+    )
+
+
+def _balances(results: Results) -> dict[str, list[float]]:
+    """The runs' balances of the classes, of arms that have any."""
+    found = {arm.name: map(balance, results.figures(arm, RHO)) for arm in results.ranked}
+    return {arm: known for arm, each in found.items() if (known := [one for one in each if one is not None])}
+
+
+def balance(curve: Mapping[str, float]) -> float | None:
+    """The geometric mean of a run's ρ over the steps after the first that have one; None if none has.
+
+    Args:
+        curve: ρ by step. In the first step, the policy is its reference.
+    """
+    later = [rho for step, rho in curve.items() if int(step) and 0 < rho < math.inf]
+    return _mean(later) if later else None
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    return math.exp(fmean(map(math.log, ratios)))
+
+
+def _balance(runs: Sequence[float]) -> str:
+    return f"{_mean(runs):.2f}" if runs else "–"
 
 
 def clipped(runs: Sequence[Mapping[str, float]]) -> list[float]:
