@@ -439,8 +439,10 @@ def test_faults_name_the_line(study, tmp_path):
         ablate(str(path), jobs=2)
 
 
-def test_a_prompt_in_training_and_held_out_data_is_refused(study, tmp_path):
-    study["held_out"] = [write(tmp_path / "held_out.jsonl", [*rows(100, 4), *rows(3, 1)])]
+@pytest.mark.parametrize("space", ["", "  ", " \n"])
+def test_a_prompt_in_training_and_held_out_data_is_refused(study, tmp_path, space):
+    near = [{**row, "prompt": row["prompt"].replace(" ", space or " ") + space} for row in rows(3, 1)]
+    study["held_out"] = [write(tmp_path / "held_out.jsonl", [*rows(100, 4), *near])]
     with pytest.raises(StudyError, match=r"held_out\.jsonl:5: the held-out prompt is also one of train"):
         run(study, tmp_path)
 

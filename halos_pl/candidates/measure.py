@@ -151,7 +151,8 @@ def prepare(sweep: Sweep, read: Preferences) -> Data:
         if len(names) < candidates.prompts:
             raise ValueError(f"held_out has {len(names)} of the {candidates.prompts} prompts of train; it needs all")
         return Data(candidates, places[: len(train)], None, Measured(candidates, places[len(train) :], names))
-    if near := [read.names[i] for i in held_out if prompt(i) in known]:
+    words = {read.words[number] for number in known}  # a space more does not make another prompt
+    if near := [read.names[i] for i in held_out if read.words[prompt(i)] in words]:
         raise ValueError(f"{near[0]}: the held-out prompt is also one of train ({len(near)} are); leave it out")
     order = {number: k for k, number in enumerate(dict.fromkeys(map(prompt, held_out)))}
     if len(order) < 4:

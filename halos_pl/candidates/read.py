@@ -16,6 +16,7 @@ from halos_pl.candidates.states import Precision, StoredStates
 from halos_pl.common.progress import Progress
 from halos_pl.data import FeedbackDataModule
 from halos_pl.data.example import DataError
+from halos_pl.data.same_prompt import words_of
 from halos_pl.data.transforms import Pair
 from halos_pl.policy.limits import check_length, check_vocabulary
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
@@ -41,6 +42,7 @@ class Preferences:
         reference_logps: log pi_ref of each completion in nats; empty without a reference.
         states: mean last hidden state of each completion under the reference, float32 [size] each; empty unless asked
             for.
+        words: words of each prompt, by its number (:func:`halos_pl.data.same_prompt.words_of`).
         pairs: (chosen, rejected) of each preference, as numbers of completions.
         names: row of each preference, ``FILE:LINE``.
         scored, stored: number of rows whose log pi_ref was computed, and found in the cache.
@@ -51,6 +53,7 @@ class Preferences:
     tokens: list[int] = field(default_factory=list)
     reference_logps: list[float] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
+    words: dict[int, str] = field(default_factory=dict)
     pairs: list[tuple[int, int]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     scored: int = 0
@@ -180,6 +183,9 @@ def _add(
         if key not in known:
             known[key] = len(known)
             read.prompt.append(key[0])
+            if key[0] not in read.words:
+                prompt = batch.prompts[int(batch.prompt[i])]
+                read.words[key[0]] = words_of(str(tokenizer.decode(prompt)))
             read.texts.append(str(tokenizer.decode(completion, skip_special_tokens=True)))
             read.tokens.append(tokens[i])
             if scored is not None:

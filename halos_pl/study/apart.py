@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import re
-import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from halos_pl.common.messages import counted
-from halos_pl.data.example import DataError, Example, Prompt
+from halos_pl.data.example import DataError, Example
 from halos_pl.data.prompt_files import read_prompt_rows
 from halos_pl.data.read import read
+from halos_pl.data.same_prompt import words_of
 from halos_pl.data.source import Source
 from halos_pl.data.sources import sources_of
 from halos_pl.study.spec import StudyError
 
-#: How chat templates and transcripts mark the speakers.
-_MARKS = re.compile(
-    r"<\|im_start\|>\w+|<\|start_header_id\|>\w+|<start_of_turn>\w+|<\|?(user|assistant|system)\|?>"
-    r"|<\|[^|<>\n]*\|>|</?s>|<(end_of_turn|bos|eos)>|\[/?(INST|SYS)\]|<</?SYS>>|^(human|user|assistant|system):",
-    re.IGNORECASE | re.MULTILINE,
-)
 #: Number of rows that an error names.
 SHOWN = 3
 
@@ -95,26 +87,11 @@ def _prompts_of(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _prompts_in(sources_of("predict", arguments["held_out"]))
     if arguments["prompts"]:
         for row in read_prompt_rows(Path(arguments["prompts"]), "plain", arguments["prompt_column"]):
-            yield _key(row.prompt), row.place
+            yield words_of(row.prompt), row.place
 
 
 def _prompts_in(sources: list[Source]) -> Iterator[tuple[str, str]]:
     for source in sources:
         for item in read(source):
             if isinstance(item, Example):
-                yield _key(item.prompt), item.row_id
-
-
-def _key(prompt: Prompt) -> str:
-    """The words of a prompt, which are equal for equal prompts: as a conversation, or as a text with the marks of a
-    chat template or of a transcript.
-
-    It does not tell speakers apart: prompts that differ in nothing else count as equal.
-    """
-    turns = [prompt] if isinstance(prompt, str) else [_text(turn.get("content")) for turn in prompt]
-    words = unicodedata.normalize("NFKC", _MARKS.sub(" ", "\n\n".join(turns))).casefold().split()
-    return " ".join(words)
-
-
-def _text(content: Any) -> str:
-    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, sort_keys=True)
+                yield words_of(item.prompt), item.row_id
