@@ -683,10 +683,15 @@ def test_the_frontier_shows_the_primary_metric_over_kl(tmp_path: Path) -> None:
 def test_a_report_states_what_each_arm_was_trained_on_and_whether_arms_differ(tmp_path: Path, text_only: None) -> None:
     """Seeds shuffle the rows, so tokens differ between seeds; arms differ where those of a seed do."""
 
-    def page(name: str, amounts: dict[tuple[str, int], dict[str, float]]) -> tuple[str, list[str]]:
+    def page(
+        name: str,
+        amounts: dict[tuple[str, int], dict[str, float]],
+        balances: dict[tuple[str, int], dict[str, float]] | None = None,
+    ) -> tuple[str, list[str]]:
         results = results_of(tmp_path / name, {"a": 0.0, "b": 1.0}, seeds=2)
         recorded = read_recorded(results.study, tmp_path / name)
-        values = {key: {**f, "trained": amounts[key]} if key in amounts else f for key, f in recorded.values.items()}
+        values = {key: {**f, "training/rho": (balances or {}).get(key, {})} for key, f in recorded.values.items()}
+        values = {key: {**f, "trained": amounts[key]} if key in amounts else f for key, f in values.items()}
         write_recorded(Recorded(values, recorded.record), results.study, tmp_path / name)
         results = Results(results.study, tmp_path / name)
         write_report(results)
@@ -695,7 +700,7 @@ def test_a_report_states_what_each_arm_was_trained_on_and_whether_arms_differ(tm
 
     same = {(arm, seed): {"rows": 128.0, "tokens": 9000.0 + seed, "steps": 16.0} for arm in "ab" for seed in (0, 1)}
     table, lines = page("same", same)
-    assert row_of(table, "a")[1:] == row_of(table, "b")[1:] == ["128", "9,000 to 9,001", "16", "–"]
+    assert row_of(table, "a")[1:] == row_of(table, "b")[1:] == ["128", "9,000 to 9,001", "16", "–", "–"]
     assert not [line for line in lines if "differ in" in line]
     fewer = same | {("b", seed): {"rows": 64.0, "tokens": 9000.0 + seed, "steps": 16.0} for seed in (0, 1)}
     _, lines = page("fewer", fewer)
@@ -705,17 +710,23 @@ def test_a_report_states_what_each_arm_was_trained_on_and_whether_arms_differ(tm
     assert "steps" not in line
     # Runs of an older version have not recorded it.
     table, lines = page("older", {key: each for key, each in same.items() if key[0] == "a"})
-    assert row_of(table, "b")[1:] == ["–"] * 4
+    assert row_of(table, "b")[1:] == ["–"] * 5
     assert not [line for line in lines if "differ in" in line]
     assert page("none", {})[0] == ""
     shares = {("a", 0): 0.25, ("a", 1): 0.0, ("b", 0): 1.0, ("b", 1): 0.5}
     table, lines = page("clipped", {key: each | {"clipped": shares[key]} for key, each in same.items()})
-    assert [row_of(table, arm)[-1] for arm in "ab"] == ["12%", "75%"]
+    assert [row_of(table, arm)[-2] for arm in "ab"] == ["12%", "75%"]
     assert "a: 12% of the steps; b: 75%" in table
     assert "a: 12% of the steps; b: 75%" in "".join(lines)
     table, lines = page("alike", {key: each | {"clipped": 1.0} for key, each in same.items()})
-    assert [row_of(table, arm)[-1] for arm in "ab"] == ["100%", "100%"]
+    assert [row_of(table, arm)[-2] for arm in "ab"] == ["100%", "100%"]
     assert "gradient_clip_val" not in table + "".join(lines)
+    # rho: the geometric mean over the steps after the first, and over seeds.
+    steady = {("a", 0): {"0": 9.0, "1": 1.0, "2": 1.0}, ("a", 1): {"3": 1.0}}
+    for of_b, mean, said in (({"1": 0.5, "2": 2.0}, "1.00", False), ({"0": 1.0, "1": 1.0, "2": 4.0}, "2.00", True)):
+        table, lines = page(mean, same, steady | {("b", seed): of_b for seed in (0, 1)})
+        assert [row_of(table, arm)[-1] for arm in "ab"] == ["1.00", mean]
+        assert ("a: 1.00; b: 2.00" in table) == ("a: 1.00; b: 2.00" in "".join(lines)) == said
 
 
 def test_ratios_are_drawn_along_a_logarithm(tmp_path: Path) -> None:
