@@ -73,7 +73,7 @@ def trained(results: Results) -> dict[str, Any] | None:
     rows, balances = [], _balances(results)
     for name, runs in found.items():
         cells = [_range(sorted({run[key] for run in runs if key in run})) for key in AMOUNTS]
-        rows.append({"arm": name, "figures": [*cells, _percent(clipped(runs)), _balance(balances.get(name, []))]})
+        rows.append({"arm": name, "figures": [*cells, _percent(clipped(runs)), _mean_text(balances.get(name, []))]})
     return {
         "heads": [*AMOUNTS.values(), "steps with a clipped gradient", "ρ"],
         "rows": rows,
@@ -149,7 +149,7 @@ def _mean(ratios: Sequence[float]) -> float:
     return math.exp(fmean(map(math.log, ratios)))
 
 
-def _balance(runs: Sequence[float]) -> str:
+def _mean_text(runs: Sequence[float]) -> str:
     return f"{_mean(runs):.2f}" if runs else "–"
 
 
