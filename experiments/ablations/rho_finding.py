@@ -18,13 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import geometric_mean
 
 import numpy as np
 from computed import replace_computed
 from numpy.typing import NDArray
 from scipy import stats
 
-from halos_pl.study import tables
+from halos_pl.study import digits, tables
 from halos_pl.study.read import load_study
 from halos_pl.study.recorded import read_recorded
 from halos_pl.study.results import Results
@@ -57,7 +58,7 @@ class Arm:
 
     @property
     def mean_rho(self) -> float:
-        return math.exp(float(np.mean(np.log(self.achieved))))
+        return geometric_mean(self.achieved)
 
     @property
     def on_target(self) -> bool:
@@ -201,7 +202,7 @@ class Finding:
             yield f"| {arm.function} | {arm.target:g} | {arm.mean_rho:.3g} | {clipped} | {kl} | {off} |"
         if self.kept:
             explained = self.explained().items()
-            shares = ", ".join(f"{name} {round(100 * share, 1) + 0.0:.1f} %" for name, share in explained)
+            shares = ", ".join(f"{name} {digits.number(100 * share, 1)} %" for name, share in explained)
             yield ""
             yield f"- variance of log KL, seeds apart: {shares}"
         for each in self.contrasts:

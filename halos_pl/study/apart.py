@@ -17,6 +17,7 @@ from halos_pl.study.spec import StudyError
 
 #: Number of rows that an error names.
 SHOWN = 3
+_REPORT = "the data of the report (evaluate)"
 
 
 def check_apart(
@@ -33,16 +34,13 @@ def check_apart(
     Raises:
         StudyError: names the rows.
     """
+    others = [(_REPORT, _prompts_of(arguments))]
     seen: list[list[Source]] = []
-    try:
-        own = _by_prompt(_prompts_of(validation))
-        _refuse(place, own, _prompts_of(arguments), "the data of the report (evaluate)")
-        for arm, sources in trained_on:
-            if sources not in seen:
-                seen.append(sources)
-                _refuse(place, own, _prompts_in(sources), f"the training data of arm {arm!r}")
-    except (DataError, OSError) as error:
-        raise StudyError(f"{place}: {error}") from error
+    for arm, sources in trained_on:
+        if sources not in seen:
+            seen.append(sources)
+            others.append((f"the training data of arm {arm!r}", _prompts_in(sources)))
+    _refuse_shared(place, _prompts_of(validation), others)
 
 
 def check_monitored(place: str, sources: list[Source], arguments: Mapping[str, Any]) -> None:
@@ -56,18 +54,21 @@ def check_monitored(place: str, sources: list[Source], arguments: Mapping[str, A
     Raises:
         StudyError: names the rows.
     """
+    _refuse_shared(place, _prompts_in(sources), [(_REPORT, _prompts_of(arguments))])
+
+
+def _refuse_shared(
+    place: str, own: Iterator[tuple[str, str]], others: list[tuple[str, Iterator[tuple[str, str]]]]
+) -> None:
+    """Refuses prompts that are also in other data; each comes with what it is called."""
+    rows: dict[str, str] = {}
     try:
-        _refuse(place, _by_prompt(_prompts_in(sources)), _prompts_of(arguments), "the data of the report (evaluate)")
+        for key, row in own:
+            rows.setdefault(key, row)
+        for what, prompts in others:
+            _refuse(place, rows, prompts, what)
     except (DataError, OSError) as error:
         raise StudyError(f"{place}: {error}") from error
-
-
-def _by_prompt(prompts: Iterator[tuple[str, str]]) -> dict[str, str]:
-    """The first row of each prompt."""
-    rows: dict[str, str] = {}
-    for key, row in prompts:
-        rows.setdefault(key, row)
-    return rows
 
 
 def _refuse(place: str, own: Mapping[str, str], others: Iterator[tuple[str, str]], what: str) -> None:

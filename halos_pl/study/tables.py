@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from halos_pl.common.messages import counted
@@ -119,7 +119,7 @@ def _clipping(results: Results) -> str:
 
 def _weighting(results: Results) -> str:
     """A sentence on arms in which the classes pull with different balance; empty without such."""
-    ranked = sorted((_mean(each), arm) for arm, each in _balances(results).items())
+    ranked = sorted((geometric_mean(each), arm) for arm, each in _balances(results).items())
     if not ranked or ranked[-1][0] / ranked[0][0] <= BALANCES_APART:
         return ""
     (least, one), (most, other) = ranked[0], ranked[-1]
@@ -142,15 +142,11 @@ def balance(curve: Mapping[str, float]) -> float | None:
         curve: ρ by step. In the first step, the policy is its reference.
     """
     later = [rho for step, rho in curve.items() if int(step) and 0 < rho < math.inf]
-    return _mean(later) if later else None
-
-
-def _mean(ratios: Sequence[float]) -> float:
-    return math.exp(fmean(map(math.log, ratios)))
+    return geometric_mean(later) if later else None
 
 
 def _mean_text(runs: Sequence[float]) -> str:
-    return f"{_mean(runs):.2f}" if runs else "–"
+    return f"{geometric_mean(runs):.2f}" if runs else "–"
 
 
 def clipped(runs: Sequence[Mapping[str, float]]) -> list[float]:
